@@ -1,0 +1,122 @@
+"""Text as tokens, and batches of it from Grain."""
+
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+VALIDATION_SHARE = 0.1  # of a text, its end
+GPT2_VOCAB_SIZE = 50257
+
+
+class Corpus(NamedTuple):
+    """Tokens to train on and tokens held out, 1-d arrays of uint8 or uint16."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    vocab_size: int
+    is_text: bool  # a token is a byte
+
+
+def load_corpus(path: Path | None) -> Corpus:
+    """Reads a corpus.
+
+    Args:
+        path: A text file, a folder of text files, or a folder with nanoGPT's `train.bin`
+            and `val.bin` (uint16 tokens of GPT-2's vocabulary). By default, the modules of
+            Python's standard library.
+
+    Raises:
+        ValueError: If there is nothing to read there.
+    """
+    if path is None:
+        modules = Path(sysconfig.get_path("stdlib")).glob("*.py")
+        return _from_text(sorted(modules))
+    if not path.exists():
+        raise ValueError(f"--data {path}: no such file or folder.")
+    if path.is_file() and path.suffix != ".bin":
+        return _from_text([path])
+    folder = path if path.is_dir() else path.parent
+    if (folder / "train.bin").exists():
+        return _from_bin(folder)
+    if path.is_file():
+        raise ValueError(f"--data {path}: {folder} has no train.bin beside it.")
+    return _from_text(sorted(p for p in path.rglob("*") if p.is_file()))
+
+
+def _from_text(paths: list[Path]) -> Corpus:
+    """The bytes of the files one after another, those that are no UTF-8 text left out."""
+    texts = [text for text in (path.read_bytes() for path in paths) if _is_text(text)]
+    tokens = np.frombuffer(b"\n".join(texts), np.uint8)
+    if tokens.size == 0:
+        raise ValueError("--data: no text there. Name a text file, or a folder that has some.")
+    split = round(tokens.size * (1 - VALIDATION_SHARE))
+    return Corpus(tokens[:split], tokens[split:], vocab_size=256, is_text=True)
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in content
+
+
+def _from_bin(folder: Path) -> Corpus:
+    if not (folder / "val.bin").exists():
+        raise ValueError(f"--data: {folder} has train.bin, but no val.bin beside it.")
+    train, validation = (_tokens(folder / name) for name in ("train.bin", "val.bin"))
+    largest = int(validation.max(initial=0))
+    if largest >= GPT2_VOCAB_SIZE:
+        raise ValueError(
+            f"--data: {folder / 'val.bin'} has a token {largest} outside of GPT-2's vocabulary of "
+            f"{GPT2_VOCAB_SIZE}."
+        )
+    return Corpus(train, validation, GPT2_VOCAB_SIZE, is_text=False)
+
+
+def _tokens(file: Path) -> np.ndarray:
+    size = file.stat().st_size
+    if size == 0 or size % 2:
+        raise ValueError(f"--data: {file} has {size} bytes, not 2 for each token (uint16).")
+    return np.memmap(file, dtype=np.uint16, mode="r")
+
+
+class Windows(grain.sources.RandomAccessDataSource):
+    """The consecutive windows of `length` tokens of a corpus, each with the token after it."""
+
+    def __init__(self, tokens: np.ndarray, length: int):
+        self._tokens, self._length = tokens, length
+        if len(self) < 1:
+            raise ValueError(
+                f"The text has {tokens.size} tokens, too few for one window of {length} and the "
+                "token after it. Give more text, or a smaller --sequence-length."
+            )
+
+    def __len__(self) -> int:
+        return (self._tokens.size - 1) // self._length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = index * self._length
+        return np.asarray(self._tokens[start : start + self._length + 1], np.int32)
+
+
+def training_batches(
+    tokens: np.ndarray, length: int, batch_size: int, seed: int
+) -> grain.DatasetIterator:
+    """Endless batches (batch_size, length + 1), every epoch in an order of its own."""
+    windows = grain.MapDataset.source(Windows(tokens, length))
+    shuffled = windows.seed(seed).shuffle().repeat()
+    return iter(shuffled.batch(batch_size).to_iter_dataset())
+
+
+def validation_batches(
+    tokens: np.ndarray, length: int, batch_size: int, num_batches: int
+) -> list[np.ndarray]:
+    """Batches (batch_size, length + 1), always the same, from all over the tokens."""
+    windows = Windows(tokens, length)
+    places = np.linspace(0, len(windows) - 1, num_batches * batch_size).astype(int)
+    rows = np.stack([windows[i] for i in places])
+    return list(rows.reshape(num_batches, batch_size, -1))

@@ -1,0 +1,112 @@
+"""The pictures of the examples."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from examples.optimizers import LABELS
+
+matplotlib.use("agg")
+
+# Okabe and Ito's colors, which color-blind readers can tell apart.
+COLORS = {
+    "adamw": "#D55E00",
+    "adamw_warmup": "#999999",
+    "adamw2": "#0072B2",
+    "radam": "#CC79A7",
+    "lion": "#E69F00",
+    "lamb": "#009E73",
+    "adaptive_grad_clip": "#56B4E9",
+}
+KINDS = {
+    "attention/query": "$W_q$",
+    "attention/key": "$W_k$",
+    "attention/value": "$W_v$",
+    "attention/out": "$W_o$",
+    "mlp/up": "$W_1$",
+    "mlp/down": "$W_2$",
+}
+
+Lines = list[dict[str, Any]]
+
+
+def _curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric, NaN where it was not finite."""
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    return np.array([s for s, _ in found]), np.array([v for _, v in found], float)
+
+
+def _axes(columns: int, **options: Any) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(4.6 * columns if columns > 1 else 7, 4.2), layout="constrained")
+    axes = figure.subplots(1, columns, sharey=True, **options)
+    for ax in np.atleast_1d(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+        ax.set_xlabel("step")
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def loss(runs: dict[str, Lines], path: Path) -> Path:
+    """Training loss of every run, with the validation losses as dots."""
+    figure, ax = _axes(1)
+    for name, lines in runs.items():
+        ax.plot(*_curve(lines, "loss"), color=COLORS[name], alpha=0.8, label=LABELS[name])
+        ax.plot(*_curve(lines, "val_loss"), "o", color=COLORS[name], markersize=5)
+    ax.set_ylabel("loss in nats per token (dots: validation)")
+    ax.legend(frameon=False)
+    return _save(figure, path)
+
+
+def qk_sigma(runs: dict[str, Lines], path: Path) -> Path:
+    """The spectral norm of W_q W_k^T in every block, a panel for each run."""
+    figure, axes = _axes(len(runs))
+    for ax, (name, lines) in zip(np.atleast_1d(axes), runs.items(), strict=True):
+        steps, sigmas = _curve(lines, "qk_sigma")
+        for block, sigma in enumerate(sigmas.T):
+            shade = 0.25 + 0.75 * (block + 1) / sigmas.shape[1]
+            label = f"block {block}" if block in (0, sigmas.shape[1] - 1) else None
+            ax.plot(steps, sigma, color=COLORS[name], alpha=shade, label=label)
+        ax.set_yscale("log")
+        ax.set_title(LABELS[name])
+        ax.legend(frameon=False)
+    np.atleast_1d(axes)[0].set_ylabel(r"$\sigma_1(W_q W_k^\top)$")
+    return _save(figure, path)
+
+
+def learning_rates(lines: Lines, path: Path) -> Path:
+    """The actual learning rate of every kind of weight in three blocks of an AdamW² run."""
+    steps, rate = _curve(lines, "learning_rate")
+    scales = {kind: _curve(lines, f"blocks/{kind}/kernel/scale")[1] for kind in KINDS}
+    depth = next(iter(scales.values())).shape[1]
+    figure, axes = _axes(3)
+    for ax, block in zip(axes, (0, depth // 2, depth - 1), strict=True):
+        for (kind, label), color in zip(KINDS.items(), COLORS.values(), strict=False):
+            ax.plot(steps, rate * scales[kind][:, block], color=color, label=label)
+        ax.plot(steps, rate, "--", color="black", label="schedule")
+        ax.set_yscale("log")
+        ax.set_title(f"block {block}")
+    axes[0].set_ylabel("actual learning rate")
+    axes[-1].legend(frameon=False, ncols=2)
+    return _save(figure, path)
+
+
+def learning_rate_sweep(losses: dict[str, dict[float, float | None]], path: Path) -> Path:
+    """Validation loss over peak learning rate, a line per optimizer."""
+    figure, ax = _axes(1)
+    for name, by_rate in losses.items():
+        style = {"linewidth": 3} if name == "adamw2" else {}
+        values = [np.nan if loss is None else loss for loss in by_rate.values()]
+        ax.plot(list(by_rate), values, "o-", color=COLORS[name], label=LABELS[name], **style)
+    ax.set_xscale("log")
+    ax.set_xlabel("peak learning rate")
+    ax.set_ylabel("validation loss in nats per token")
+    ax.legend(frameon=False, fontsize="small")
+    return _save(figure, path)

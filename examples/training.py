@@ -1,0 +1,262 @@
+"""The training loop of the examples: one run of one optimizer on one task."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is trained, and on what."""
+
+    model: nnx.Module
+    batches: grain.DatasetIterator
+    validation: list[Any]  # batches
+    loss: Callable[[nnx.Module, Any], jax.Array]  # of a batch
+    observe: Callable[[nnx.Module, optax.OptState], dict[str, jax.Array]]  # at logged steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long to train, and how often to do what, in steps."""
+
+    steps: int
+    accumulate: int  # micro-batches of a step
+    log_every: int
+    validate_every: int
+    save_every: int
+
+
+class Stopped(Exception):
+    """The run was stopped by Ctrl-C (or SIGTERM), and is saved."""
+
+
+def train(
+    name: str,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    plan: Plan,
+    folder: Path,
+) -> nnx.Module:
+    """Trains the model of a task to the end of the plan, and returns it.
+
+    It starts from the newest checkpoint, if `folder` has one, and writes there:
+    `metrics.jsonl`, in which each logged step is a line with this `run`;
+    `checkpoints/<name>`; and `tensorboard/<name>`. A loss that is not finite ends the run.
+
+    Raises:
+        Stopped: After Ctrl-C, with everything saved.
+    """
+    graph, params, rest = nnx.split(task.model, nnx.Param, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+    state = {"params": params, "rest": rest, "opt_state": jax.jit(optimizer.init)(params)}
+    update = _make_update(graph, task.loss, optimizer, plan.accumulate)
+    validate = _make_validate(graph, task)
+
+    @jax.jit
+    def observe(state: dict[str, Any]) -> dict[str, jax.Array]:
+        model = nnx.merge(graph, state["params"], state["rest"])
+        return task.observe(model, state["opt_state"])
+
+    with Recorder(folder, name) as recorder, _stop_signal() as stopped:
+        step, state = recorder.restore(state, task.batches)
+        bar = tqdm(total=plan.steps, initial=step, desc=name, unit="step", dynamic_ncols=True)
+        watch = _Stopwatch()
+        while step < plan.steps and not recorder.diverged:
+            state, loss = update(state, next(task.batches))
+            step += 1
+            bar.update()
+            last = step == plan.steps
+            if step % plan.log_every == 0 or step == 1 or last:
+                loss = float(loss)
+                metrics = {
+                    "loss": loss,
+                    "learning_rate": float(learning_rate(step - 1)),
+                    **watch.rate(step),
+                    **observe(state),
+                }
+                bar.set_postfix(loss=f"{loss:.3f}")
+                if not math.isfinite(loss):
+                    bar.write(f"{name}: the loss is {loss} at step {step}. This run ends here.")
+                elif step % plan.validate_every == 0 or last:
+                    metrics["val_loss"] = validate(state)
+                recorder.write(step, metrics)
+                watch.restart(step)
+            if step % plan.save_every == 0 or last or recorder.diverged or stopped():
+                recorder.save(step, state, task.batches)
+                watch.restart(step)
+            if stopped() and not last:
+                bar.close()
+                raise Stopped(f"{name} is saved at step {step}")
+        bar.close()
+    return nnx.merge(graph, state["params"], state["rest"])
+
+
+def _make_update(
+    graph: nnx.GraphDef, loss: Callable, optimizer: optax.GradientTransformation, accumulate: int
+) -> Callable[[dict[str, Any], Any], tuple[dict[str, Any], jax.Array]]:
+    """One step of the optimizer on a batch, gone through in `accumulate` parts."""
+
+    def loss_fn(params: Any, rest: Any, batch: Any) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graph, params, rest)
+        value = loss(model, batch)
+        return value, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: dict[str, Any], batch: Any) -> tuple[dict[str, Any], jax.Array]:
+        params = state["params"]
+
+        def add_part(carry: Any, part: Any) -> tuple[Any, None]:
+            total, grads, rest = carry
+            (value, rest), new = jax.value_and_grad(loss_fn, has_aux=True)(params, rest, part)
+            return (total + value, jax.tree.map(jnp.add, grads, new), rest), None
+
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+        start = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params), state["rest"])
+        (total, grads, rest), _ = jax.lax.scan(add_part, start, parts)
+        grads = jax.tree.map(lambda g: g / accumulate, grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        params = optax.apply_updates(params, updates)
+        return {"params": params, "rest": rest, "opt_state": opt_state}, total / accumulate
+
+    return update
+
+
+def _make_validate(graph: nnx.GraphDef, task: Task) -> Callable[[dict[str, Any]], float]:
+    """The mean loss over the validation batches, without dropout."""
+
+    @jax.jit
+    def loss(state: dict[str, Any], batch: Any) -> jax.Array:
+        model = nnx.merge(graph, state["params"], state["rest"])
+        model.eval()
+        return task.loss(model, batch)
+
+    return lambda state: float(np.mean([loss(state, batch) for batch in task.validation]))
+
+
+class Recorder:
+    """What a run leaves on disk."""
+
+    def __init__(self, folder: Path, name: str):
+        self._file = folder / "metrics.jsonl"
+        self._name = name
+        self._checkpoints = ocp.CheckpointManager(
+            (folder / "checkpoints" / name).absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False),
+        )
+        self._board = SummaryWriter(str(folder / "tensorboard" / name))
+        self.diverged = any(line["loss"] is None for line in read_metrics(folder, name))
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._board.close()
+        self._checkpoints.close()
+
+    def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[int, Any]:
+        """The newest checkpoint, or step 0. Later lines of `metrics.jsonl` are dropped."""
+        step = self._checkpoints.latest_step()
+        if step is not None:
+            saved = self._checkpoints.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(
+                        jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+                    ),
+                    batches=ocp.args.JsonRestore(),
+                ),
+            )
+            state = saved["state"]
+            batches.set_state(saved["batches"])
+        step = step or 0
+        lines = _read_lines(self._file)
+        kept = [line for line in lines if line["run"] != self._name or line["step"] <= step]
+        if len(kept) < len(lines):
+            self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        return step, state
+
+    def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
+        self._checkpoints.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(batches.get_state())
+            ),
+        )
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Adds a line, with null for what is not finite."""
+        line = {"run": self._name, "step": step}
+        for key, value in metrics.items():
+            line[key] = jax.tree.map(_finite_or_none, np.asarray(value, float).tolist())
+            for place, scalar in np.ndenumerate(value):
+                self._board.add_scalar("/".join([key, *map(str, place)]), float(scalar), step)
+        self.diverged = line["loss"] is None
+        with self._file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def read_metrics(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The logged steps of a run, in order."""
+    return [line for line in _read_lines(folder / "metrics.jsonl") if line["run"] == name]
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class _Stopwatch:
+    """Measures the speed since its last restart."""
+
+    def __init__(self) -> None:
+        self._start: tuple[int, float] | None = None
+
+    def restart(self, step: int) -> None:
+        self._start = step, time.perf_counter()
+
+    def rate(self, step: int) -> dict[str, float]:
+        """Nothing before the first restart: that time goes into compiling."""
+        if self._start is None or self._start[0] == step:
+            return {}
+        return {
+            "steps_per_second": (step - self._start[0]) / (time.perf_counter() - self._start[1])
+        }
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Tells whether Ctrl-C was pressed or SIGTERM came; a second one is not held back."""
+    received = []
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,89 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from examples.data import Windows, load_corpus, training_batches, validation_batches
+
+
+def test_the_default_is_the_standard_library():
+    corpus = load_corpus(None)
+    assert corpus.vocab_size == 256
+    assert corpus.train.size > 1_000_000
+    assert 0.09 < corpus.validation.size / corpus.train.size < 0.12
+    assert b"import " in corpus.train.tobytes()
+
+
+def test_a_text_file_is_split_at_nine_tenths(tmp_path):
+    text = "".join(chr(97 + i % 26) for i in range(100))
+    (tmp_path / "text").write_text(text)
+    corpus = load_corpus(tmp_path / "text")
+    assert corpus.train.tobytes().decode() == text[:90]
+    assert corpus.validation.tobytes().decode() == text[90:]
+
+
+def test_a_folder_is_read_in_order_without_what_is_no_text(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "z.txt").write_text("last")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
+    (tmp_path / "zeros").write_bytes(b"a\0b")
+    corpus = load_corpus(tmp_path)
+    assert corpus.train.tobytes() + corpus.validation.tobytes() == b"first\nlast"
+
+
+def test_nanogpt_tokens_are_mapped_not_read(tmp_path):
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    np.arange(50, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    for path in (tmp_path, tmp_path / "train.bin"):
+        corpus = load_corpus(path)
+        assert isinstance(corpus.train, np.memmap)
+        assert (corpus.vocab_size, corpus.is_text) == (50257, False)
+        np.testing.assert_array_equal(corpus.train, np.arange(1000))
+        np.testing.assert_array_equal(corpus.validation, np.arange(50))
+
+
+def test_bad_data_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load_corpus(tmp_path / "absent")
+    with pytest.raises(ValueError, match="no text there"):
+        load_corpus(tmp_path)
+    np.arange(3, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"no val\.bin beside it"):
+        load_corpus(tmp_path)
+    (tmp_path / "val.bin").write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"val\.bin has 3 bytes"):
+        load_corpus(tmp_path)
+    np.array([7, 50257], np.uint16).tofile(tmp_path / "val.bin")
+    with pytest.raises(ValueError, match=r"token 50257 .* vocabulary of 50257"):
+        load_corpus(tmp_path)
+    with pytest.raises(ValueError, match="too few for one window of 8"):
+        Windows(np.zeros(8, np.uint8), 8)
+
+
+def test_an_epoch_has_every_window_once_and_in_its_own_order():
+    tokens = np.arange(33)
+    first, second = itertools.islice(training_batches(tokens, 4, 8, seed=0), 2)
+    for epoch in (first, second):
+        np.testing.assert_array_equal(np.sort(epoch[:, 0]), np.arange(0, 32, 4))
+    assert (first != second).any()
+    np.testing.assert_array_equal(first[:, 1:] - first[:, :-1], 1)  # inputs, then targets
+
+
+def test_the_seed_orders_the_batches_and_the_iterator_can_be_saved():
+    tokens = np.arange(1000)
+    iterator, twin, other = (training_batches(tokens, 4, 8, seed=s) for s in (0, 0, 1))
+    np.testing.assert_array_equal(next(iterator), next(twin))
+    assert (next(twin) != next(other)).any()
+    state = iterator.get_state()
+    expected = [next(iterator) for _ in range(3)]
+    fresh = training_batches(tokens, 4, 8, seed=0)
+    fresh.set_state(state)
+    np.testing.assert_array_equal([next(fresh) for _ in range(3)], expected)
+
+
+def test_validation_batches_come_from_all_over():
+    batches = validation_batches(np.arange(4001), 4, 5, 3)
+    assert [b.shape for b in batches] == [(5, 5)] * 3
+    assert batches[0][0, 0] == 0
+    assert batches[-1][-1, -1] == 4000

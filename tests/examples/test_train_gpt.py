@@ -1,0 +1,204 @@
+"""The main job, on a small scale."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from examples import language, lr_sweep, train_gpt, training
+
+SMALL = (
+    "--steps 12 --warmup 3 --batch 4 --sequence-length 16 --log-every 3 --validate-every 6 "
+    "--validation-batches 1"
+).split()
+
+
+def run(out, *flags):
+    flags = train_gpt.parse([*SMALL, "--out", str(out), *flags])
+    train_gpt.main(flags, language.prepare(flags))
+
+
+def lines(out, name):
+    """The logged steps of a run, without its speed."""
+    read = training.read_metrics(out, name)
+    return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in read]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    run(out, "--dropout", "0.1")
+    return out
+
+
+def test_leaves_a_whole_run_folder(finished, capsys):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["config"] == json.loads((finished / "config.json").read_text())
+    assert summary["config"]["steps"] == 12
+    assert list(summary["runs"]) == ["adamw", "adamw_warmup", "adamw2"]
+    for name, result in summary["runs"].items():
+        logged = lines(finished, name)
+        assert [line["step"] for line in logged] == [1, 3, 6, 9, 12]
+        assert result["val_loss"] == logged[-1]["val_loss"]
+        assert result["max_qk_sigma"] == max(s for line in logged for s in line["qk_sigma"])
+        assert result["steps_per_second"] > 0
+        assert (finished / "checkpoints" / name / "12").is_dir()
+        assert list((finished / "tensorboard" / name).glob("events*"))
+    for picture in ("loss.png", "qk_sigma.png", "learning_rates.png"):
+        assert (finished / picture).stat().st_size > 10_000
+
+
+def test_the_runs_see_the_same_weights_and_batches(finished):
+    firsts = [lines(finished, name)[0]["loss"] for name in ("adamw", "adamw_warmup", "adamw2")]
+    assert firsts[0] == firsts[1] == firsts[2]
+    rates = [lines(finished, name)[0]["learning_rate"] for name in ("adamw", "adamw_warmup")]
+    assert rates == [pytest.approx(1e-2), 0]
+
+
+class CtrlC:
+    """Presses Ctrl-C once the loss of a step is written."""
+
+    def __init__(self, monkeypatch, name, step):
+        write = training.Recorder.write
+
+        def press(recorder, at, metrics):
+            write(recorder, at, metrics)
+            if (recorder._name, at) == (name, step):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(training.Recorder, "write", press)
+
+
+@pytest.mark.parametrize(("name", "step"), [("adamw2", 6), ("adamw", 1)])
+def test_resumes_after_ctrl_c_to_the_same_numbers_to_the_bit(
+    finished, tmp_path, monkeypatch, name, step
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        CtrlC(patch, name, step)
+        with pytest.raises(training.Stopped, match=f"{name} is saved at step {step}"):
+            run(out, "--dropout", "0.1", "--runs", name)
+    assert not (out / "summary.json").exists()
+    run(out, "--dropout", "0.1", "--runs", name, "--resume")
+    assert lines(out, name) == lines(finished, name)
+
+
+def test_resumes_from_the_last_checkpoint_after_a_kill(finished, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    flags = ("--dropout", "0.1", "--runs", "adamw2", "--save-every", "4")
+
+    def die(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        write = training.Recorder.write
+        patch.setattr(
+            training.Recorder, "write", lambda r, at, m: die() if at == 12 else write(r, at, m)
+        )
+        with pytest.raises(MemoryError):
+            run(out, *flags)
+    assert [line["step"] for line in lines(out, "adamw2")] == [1, 3, 6, 9]
+    run(out, *flags, "--resume")
+    assert lines(out, "adamw2") == lines(finished, "adamw2")
+
+
+def test_a_finished_run_resumes_to_itself(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    run(finished, "--dropout", "0.1", "--resume")
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert "AdamW², no warmup" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_ends_its_run_and_the_others_go_on(tmp_path, capsys):
+    out = tmp_path / "out"
+    run(out, "--runs", "adamw", "adamw2", "--learning-rate", "1e30")
+    text = capsys.readouterr()
+    assert "adamw: the loss is nan at step 3. This run ends here." in text.out + text.err
+    runs = json.loads((out / "summary.json").read_text())["runs"]
+    assert runs["adamw"]["diverged_at"] == 3
+    assert runs["adamw"]["val_loss"] is None
+    assert runs["adamw2"]["diverged_at"] is None
+    assert runs["adamw2"]["val_loss"] < 6
+    assert "diverged at 3" in text.out
+
+
+def test_accumulation_takes_the_same_steps(tmp_path):
+    logged = []
+    for parts in ("1", "4"):
+        run(
+            tmp_path / parts,
+            "--runs",
+            "adamw2",
+            "--accumulate",
+            parts,
+            "--validation-batches",
+            parts,
+        )
+        logged.append(lines(tmp_path / parts, "adamw2"))
+    for one, four in zip(*logged, strict=True):
+        np.testing.assert_allclose(one["loss"], four["loss"], rtol=1e-3)
+
+
+def test_trains_on_nanogpt_tokens_in_bfloat16_without_bias(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("train.bin", "val.bin"):
+        rng.integers(0, 50257, 4000).astype(np.uint16).tofile(tmp_path / name)
+    flags = ("--runs", "adamw2", "--dtype", "bfloat16", "--no-bias", "--data", str(tmp_path))
+    run(tmp_path / "out", *flags, "--steps", "4")
+    val_loss = lines(tmp_path / "out", "adamw2")[-1]["val_loss"]
+    assert abs(val_loss - np.log(50257)) < 0.5
+    assert "writes" not in capsys.readouterr().out  # tokens, not text
+
+
+def test_presets_are_the_defaults_of_the_other_flags():
+    nano, paper = train_gpt.parse([]), train_gpt.parse(["--preset", "gpt2-small", "--tau", "0.02"])
+    assert (nano.model, nano.tau, nano.bias) == ("nano", 0.03, True)
+    assert (paper.model, paper.tau, paper.bias) == ("gpt2-small", 0.02, False)
+    assert paper.batch * paper.sequence_length == 491_520
+    assert train_gpt.parse(["--preset", "gpt2-large"]).tau == 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sequence-length", "129"], "nano takes 1 to 128"),
+        (["--batch", "9", "--accumulate", "2"], "does not divide --batch 9"),
+        (["--warmup", "12"], "it must be below --steps 12"),
+        (["--log-every", "0"], "--log-every 0: it must be at least 1"),
+        (["--data", "absent"], "no such file or folder"),
+        (["--resume"], "has no run"),
+    ],
+)
+def test_bad_flags_are_errors_that_say_what_to_write(flags, message, tmp_path, capsys):
+    with pytest.raises((ValueError, SystemExit)) as raised:
+        run(tmp_path / "out", *flags)
+    assert message in str(raised.value) + " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_run_is_lost_or_mixed(finished):
+    with pytest.raises(ValueError, match=r"has a run. Go on with --resume"):
+        run(finished, "--dropout", "0.1")
+    with pytest.raises(ValueError, match=r"begun with other flags. Give --seed 0"):
+        run(finished, "--dropout", "0.1", "--resume", "--seed", "1")
+
+
+def test_lr_sweep(tmp_path, capsys):
+    flags = lr_sweep.Flags(
+        steps=4,
+        warmup=1,
+        batch=2,
+        sequence_length=8,
+        validation_batches=1,
+        rates=(1e-3, 1e-1),
+        runs=("adamw2", "lion", "lamb", "radam", "adaptive_grad_clip"),
+        out=tmp_path / "out",
+    )
+    lr_sweep.main(flags, language.prepare(flags))
+    runs = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
+    assert list(runs["adamw2"]) == ["0.001", "0.1"]
+    table = capsys.readouterr().out
+    assert f"{runs['lamb']['0.1']['val_loss']:.3f}" in table
+    assert (tmp_path / "out" / "lr_sweep.png").stat().st_size > 10_000

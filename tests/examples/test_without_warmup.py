@@ -1,0 +1,104 @@
+"""The claim, on real text: the bound holds, is measured well, and replaces the warmup."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import reference
+from flax import nnx
+
+from examples import language, optimizers
+from examples.data import load_corpus, training_batches
+from weyl_optax import scale_by_weyl_bound
+from weyl_optax._matrices import by_path, read
+from weyl_optax.flax import dimension_numbers
+
+CONFIG = language.Config(steps=100, tau=0.05)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return load_corpus(None)
+
+
+@pytest.fixture(scope="module")
+def recorded(corpus):
+    """Exact and estimated norms of every matrix of a GPT that trains, step by step."""
+    model = language.make_model(CONFIG, corpus)
+    numbers = dimension_numbers(model)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+    rate = optimizers.make_schedule("adamw2", CONFIG.learning_rate, CONFIG.steps, 0)
+    before = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(*CONFIG.betas))
+    bound = scale_by_weyl_bound(
+        CONFIG.tau, rate, weight_decay=0.1, min_std=0.0, weight_dimension_numbers=numbers
+    )
+    after = optax.scale_by_learning_rate(rate)
+    matrices = read(params, numbers)
+
+    @jax.jit
+    def step(params, states, batch):
+        loss = lambda params: language.next_token_loss(nnx.merge(graph, params, rest), batch)  # noqa: E731
+        updates, first = before.update(jax.grad(loss)(params), states[0], params)
+        bounded, middle = bound.update(updates, states[1], params)
+        moves, last = after.update(bounded, states[2], params)
+        return updates, optax.apply_updates(params, moves), (first, middle, last)
+
+    def exact(tree, matrix):
+        return {
+            path: reference.sigma(
+                np.asarray(by_path(tree)[path], np.float64), m.reduction, m.output
+            ).ravel()
+            for path, m in matrices.items()
+            if (not m.is_vector) == matrix
+        }
+
+    batches = training_batches(corpus.train, CONFIG.sequence_length, CONFIG.batch, seed=0)
+    states = before.init(params), bound.init(params), after.init(params)
+    record = {"weight": [], "update": [], "weight_found": [], "update_found": [], "moved": []}
+    for _ in range(60):
+        updates, moved, states = step(params, states, next(batches))
+        norms = exact(params, True)
+        record["weight"].append(norms)
+        record["update"].append(exact(updates, True))
+        record["moved"].append(exact(moved, True))
+        for kind in ("weight", "update"):
+            found = getattr(states[1], f"sigma_{kind}")
+            record[f"{kind}_found"].append({p: np.ravel(found[p]) for p in norms})
+        params = moved
+    # (step, matrix)
+    return {
+        key: np.array([np.concatenate(list(n.values())) for n in norms])
+        for key, norms in record.items()
+    }
+
+
+def test_the_estimates_are_within_their_targets_from_the_second_step_on(recorded):
+    for kind, median, worst in (("update", 5e-3, 0.1), ("weight", 1e-3, 0.02)):
+        error = 1 - recorded[f"{kind}_found"][1:] / recorded[kind][1:]
+        print(
+            f"{kind}: median {np.median(error):.2e}, 99th percentile {np.quantile(error, 0.99):.2e}"
+        )
+        assert error.min() > -1e-5  # from below
+        assert np.median(error) < median
+        assert np.quantile(error, 0.99) < worst
+
+
+def test_no_matrix_grows_by_more_than_rule_1_and_the_error_of_the_estimate(recorded):
+    growth = recorded["moved"] / recorded["weight"]
+    ratio = recorded["update"] / recorded["update_found"]
+    ratio *= recorded["weight_found"] / recorded["weight"]
+    share = np.mean(growth > 1 + CONFIG.tau)
+    print(f"{share:.2%} of the matrix-steps exceed 1 + tau, the worst is {growth.max():.6f}")
+    assert (growth <= (1 + CONFIG.tau * ratio) * (1 + 1e-5)).all()
+    assert share < 0.01
+    assert growth.max() > 1 + 0.5 * CONFIG.tau  # the bound was reached
+
+
+def test_trains_without_warmup_where_adamw_does_not(corpus, tmp_path):
+    for name in ("adamw", "adamw2"):
+        language.train_run(name, CONFIG, corpus, tmp_path)
+    adamw, adamw2 = (language.summarize(tmp_path, name) for name in ("adamw", "adamw2"))
+    print(adamw, adamw2)
+    assert adamw2["val_loss"] < adamw["val_loss"] - 0.2
+    assert adamw2["max_qk_sigma"] < 0.2 * adamw["max_qk_sigma"]

@@ -1,0 +1,213 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+import weyl_optax
+from weyl_optax import scale_by_weyl_bound
+
+
+def exact(x):
+    return np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)[..., 0]
+
+
+def normal(seed, shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def test_the_update_after_an_optimizer_is_scaled_to_tau_times_the_norm():
+    params = {"w": normal(0, (5, 24, 16))}
+    updates = {"w": 100 * normal(1, (5, 24, 16))}
+    solver = scale_by_weyl_bound(0.004, num_iters=100)
+    bounded, _ = solver.update(updates, solver.init(params), params)
+    np.testing.assert_allclose(exact(bounded["w"]), 0.004 * exact(params["w"]), rtol=1e-5)
+    ratio = np.asarray(bounded["w"] / updates["w"])
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1, :1], ratio.shape), rtol=1e-5)
+
+
+def test_a_small_update_passes_unchanged():
+    params = {"w": normal(0, (24, 16)), "b": jnp.ones(3)}
+    updates = jax.tree.map(lambda x: 1e-4 * x, params)
+    solver = scale_by_weyl_bound(0.004)
+    bounded, _ = solver.update(updates, solver.init(params), params)
+    for name in params:
+        np.testing.assert_array_equal(bounded[name], updates[name])
+
+
+def test_learning_rate_schedule_and_tau_schedule_are_evaluated_at_each_step():
+    params, updates = {"w": 2 * jnp.eye(3)}, {"w": 4 * jnp.eye(3)}
+    rate = lambda count: 0.5 * (count + 1)  # noqa: E731
+    tau = lambda count: 0.01 * (count + 1) ** 2  # noqa: E731
+    solver = scale_by_weyl_bound(tau, rate)
+    state = solver.init(params)
+    for count in range(3):
+        _, state = solver.update(updates, state, params)
+        expected = tau(count) * 2 / (rate(count) * 4)
+        np.testing.assert_allclose(state.scale["w"], expected, rtol=1e-6)
+
+
+def test_a_learning_rate_of_zero_leaves_the_update():
+    params = {"w": jnp.eye(3)}
+    solver = scale_by_weyl_bound(0.0, 0.0)
+    bounded, _ = solver.update(params, solver.init(params), params)
+    np.testing.assert_array_equal(bounded["w"], params["w"])
+
+
+def test_weight_decay_is_added_after_the_measurement_and_scaled_alike():
+    params = {"w": 2 * jnp.eye(3), "b": 3 * jnp.ones(4)}
+    updates = {"w": 4 * jnp.eye(3), "b": jnp.ones(4)}
+    solver = scale_by_weyl_bound(0.01, weight_decay=0.5, weight_decay_mask={"w": True, "b": False})
+    bounded, _ = solver.update(updates, solver.init(params), params)
+    np.testing.assert_allclose(bounded["w"], 0.005 * (4 + 0.5 * 2) * np.eye(3), rtol=1e-6)
+    np.testing.assert_allclose(bounded["b"], 0.03 * np.ones(4), rtol=1e-6)
+
+
+def test_weight_decay_may_be_a_schedule():
+    params = updates = {"w": jnp.eye(3)}
+    solver = scale_by_weyl_bound(10.0, weight_decay=lambda count: 1.0 * count)
+    state = solver.init(params)
+    for count in range(3):
+        bounded, state = solver.update(updates, state, params)
+        np.testing.assert_allclose(bounded["w"], (1 + count) * np.eye(3))
+
+
+@pytest.mark.parametrize(("shape", "least"), [((9, 16), 3 + 4), ((16,), 1 + 4), ((), 1 + 1)])
+def test_a_zero_weight_counts_as_a_gaussian_of_min_std(shape, least):
+    params, updates = {"w": jnp.zeros(shape)}, {"w": normal(1, shape)}
+    solver = scale_by_weyl_bound(0.1, min_std=1e-2, num_iters=50)
+    bounded, _ = solver.update(updates, solver.init(params), params)
+    norm = np.linalg.norm(np.atleast_2d(bounded["w"]), 2)
+    np.testing.assert_allclose(norm, 0.1 * 1e-2 * least, rtol=1e-5)
+
+
+def test_min_std_zero_is_the_paper_to_the_letter():
+    params, updates = {"w": jnp.zeros((4, 4))}, {"w": jnp.ones((4, 4))}
+    solver = scale_by_weyl_bound(0.1, min_std=0.0)
+    bounded, _ = solver.update(updates, solver.init(params), params)
+    np.testing.assert_array_equal(bounded["w"], np.zeros((4, 4)))
+
+
+@pytest.mark.parametrize("std", [0.02, 0.02 / np.sqrt(2 * 48), 1 / np.sqrt(12288)])
+def test_min_std_does_not_bind_for_usual_initializations(std):
+    params = {"w": std * normal(0, (300, 200)), "scale": jnp.ones(200)}
+    with_floor, without = (scale_by_weyl_bound(0.01, min_std=s) for s in (1e-3, 0.0))
+    a, _ = with_floor.update(params, with_floor.init(params), params)
+    b, _ = without.update(params, without.init(params), params)
+    for name in params:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_zero_update_stays_zero():
+    params = {"w": normal(0, (12, 12)), "z": jnp.zeros((12, 12)), "b": jnp.zeros(3)}
+    updates = jax.tree.map(jnp.zeros_like, params)
+    solver = scale_by_weyl_bound()
+    bounded, _ = solver.update(updates, solver.init(params), params)
+    for x in bounded.values():
+        np.testing.assert_array_equal(x, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_step_that_is_not_finite_is_seen_and_then_forgotten(bad, at):
+    params = {"w": normal(0, (2, 32, 24)), "b": jnp.ones(5)}
+    solver = scale_by_weyl_bound(0.01, num_iters=20)
+    good = {"w": normal(1, (2, 32, 24)), "b": jnp.ones(5)}
+    broken = {"w": good["w"].at[1, 3, 4].set(bad), "b": good["b"].at[0].set(bad)}
+    state = solver.init(params)
+    for _ in range(at):
+        _, state = solver.update(good, state, params)
+    bounded, state = solver.update(broken, state, params)
+    assert not np.isfinite(bounded["w"][1]).any()
+    assert not np.isfinite(bounded["b"]).all()
+    assert np.isfinite(bounded["w"][0]).all()  # another matrix of the same leaf
+    for block in (*state.weight_block.values(), *state.update_block.values()):
+        assert np.isfinite(block).all()
+    bounded, state = solver.update(good, state, params)
+    np.testing.assert_allclose(exact(bounded["w"]), 0.01 * exact(params["w"]), rtol=1e-4)
+    np.testing.assert_allclose(bounded["b"], 0.01 * np.ones(5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_norms_neither_overflow_nor_underflow(size):
+    w, u, b = normal(0, (40, 30)), normal(1, (40, 30)), jnp.ones(50)
+    params = {"w": w * size, "b": b * size}
+    updates = {"w": u * size, "b": b * size}
+    solver = scale_by_weyl_bound(0.01, min_std=0.0, num_iters=50)
+    _, state = solver.update(updates, solver.init(params), params)
+    np.testing.assert_allclose(state.sigma_weight["w"] / size, exact(w), rtol=1e-5)
+    np.testing.assert_allclose(state.sigma_update["w"] / size, exact(u), rtol=1e-5)
+    np.testing.assert_allclose(state.sigma_weight["b"] / size, np.sqrt(50), rtol=1e-5)
+    np.testing.assert_allclose(state.scale["w"], 0.01 * exact(w) / exact(u), rtol=1e-5)
+
+
+@pytest.mark.parametrize("later", [0, 1, 3])
+def test_an_update_met_for_the_first_time_gets_more_iterations(later):
+    """However late it comes: the gradient of LoRA's A is zero in the first step."""
+    spectrum = np.concatenate([[1.0], np.linspace(0.8, 0.1, 59)])
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 60, 60)))[0]
+    u = jnp.asarray(q[0] * spectrum @ q[1].T, jnp.float32)
+    params = {"a": jnp.eye(60), "b": jnp.eye(60)}
+    solver = scale_by_weyl_bound(0.01)
+    state = solver.init(params)
+    for _ in range(later):
+        _, state = solver.update({"a": 0 * u, "b": u}, state, params)
+    _, state = solver.update({"a": u, "b": u}, state, params)
+    np.testing.assert_allclose(state.sigma_update["a"], 1, rtol=1e-3)
+
+
+def test_num_iters_raises_the_accuracy_to_the_exact_norm():
+    """A spectrum as bad as can be: one value barely above a plateau."""
+    spectrum = np.concatenate([[1.0], np.full(79, 0.98)])
+    q = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 80, 80)))[0]
+    u = jnp.asarray(q[0] * spectrum @ q[1].T, jnp.float32)
+    errors = [abs(1 - float(weyl_optax.spectral_norm(u, num_iters=n))) for n in (1, 10, 400)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-6
+
+
+BAD = {
+    "tau": (-1.0, "tau must be at least 0, got -1.0"),
+    "learning_rate": (-1e-3, "learning_rate must be at least 0"),
+    "weight_decay": (-0.1, "weight_decay must be at least 0"),
+    "min_std": (float("nan"), "min_std must be at least 0, got nan"),
+    "num_iters": (0, "num_iters must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_argument_out_of_range_is_named(name):
+    value, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        scale_by_weyl_bound(**{name: value})
+
+
+def test_update_without_params_says_what_to_call():
+    params = {"w": jnp.eye(3)}
+    solver = scale_by_weyl_bound()
+    with pytest.raises(ValueError, match=r"call update\(updates, state, params\)"):
+        solver.update(params, solver.init(params))
+
+
+def test_updates_of_another_structure_are_named():
+    params = {"w": jnp.eye(3)}
+    solver = scale_by_weyl_bound()
+    with pytest.raises(ValueError, match="updates and params differ in structure"):
+        solver.update({"v": jnp.eye(3)}, solver.init(params), params)
+
+
+def test_updates_of_another_shape_are_named():
+    params = {"w": jnp.ones((3, 4))}
+    solver = scale_by_weyl_bound()
+    with pytest.raises(ValueError, match=r"'w' has shape \(4, 3\) in updates, \(3, 4\) in params"):
+        solver.update({"w": jnp.ones((4, 3))}, solver.init(params), params)
+
+
+def test_none_leaves_a_leaf_unbounded():
+    params = {"w": jnp.eye(3), "v": jnp.eye(3)}
+    numbers = {"w": MuonDimensionNumbers(), "v": None}
+    solver = scale_by_weyl_bound(0.1, weight_dimension_numbers=numbers)
+    bounded, state = solver.update(params, solver.init(params), params)
+    np.testing.assert_allclose(bounded["w"], 0.1 * np.eye(3), rtol=1e-6)
+    np.testing.assert_array_equal(bounded["v"], np.eye(3))
+    assert list(state.scale) == ["w"]

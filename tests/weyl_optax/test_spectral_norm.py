@@ -1,0 +1,111 @@
+import string
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from optax.contrib import MuonDimensionNumbers
+
+from weyl_optax import spectral_norm
+from weyl_optax._matrices import read
+from weyl_optax._subspace import _Labels
+
+
+@st.composite
+def leaves(draw):
+    """A shape of rank 0 to 5, and its axes dealt out to batch, reduction and output."""
+    shape = draw(st.lists(st.integers(1, 6), min_size=0, max_size=5))
+    roles = draw(st.lists(st.sampled_from("bro"), min_size=len(shape), max_size=len(shape)))
+    axes = {role: [i for i, r in enumerate(roles) if r == role] for role in "ro"}
+    order = {role: tuple(draw(st.permutations(axes[role]))) for role in "ro"}
+    dtype = draw(st.sampled_from(["bfloat16", "float16", "float32", "complex64"]))
+    seed = draw(st.integers(0, 2**16))
+    return tuple(shape), order["r"], order["o"], dtype, seed
+
+
+@given(leaves())
+@settings(max_examples=60, deadline=None)
+def test_equals_the_exact_norm_for_any_shape_axes_and_dtype(leaf):
+    shape, reduction, output, dtype, seed = leaf
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape) + (1j * rng.normal(size=shape) if dtype == "complex64" else 0)
+    x = jnp.asarray(x, dtype)
+    # Short sides are below the block size, so that a few iterations are exact.
+    found = spectral_norm(x, MuonDimensionNumbers(reduction, output), num_iters=40)
+    kept = np.asarray(x.astype(jnp.complex64), np.complex128)
+    exact = reference.sigma(kept, reduction, output).squeeze((*reduction, *output))
+    assert found.shape == exact.shape
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=2e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_rank_deficient_matrices(rank):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, rank)) @ rng.normal(size=(rank, 40))
+    found = spectral_norm(jnp.asarray(x, jnp.float32), num_iters=60)
+    np.testing.assert_allclose(found, np.linalg.norm(x, 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e12])
+def test_ill_conditioned_matrices(condition):
+    rng = np.random.default_rng(0)
+    q1, q2 = np.linalg.qr(rng.normal(size=(2, 50, 50)))[0]
+    x = q1 * np.geomspace(1, 1 / condition, 50) @ q2.T
+    found = spectral_norm(jnp.asarray(x, jnp.float32), num_iters=40)
+    np.testing.assert_allclose(found, 1, rtol=1e-5)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_is_never_above_the_exact_norm(seed, num_iters):
+    x = np.random.default_rng(seed).normal(size=(70, 50)).astype(np.float32)
+    assert spectral_norm(jnp.asarray(x), num_iters=num_iters) <= np.linalg.norm(x, 2) * (1 + 1e-5)
+
+
+def test_gives_none_for_a_leaf_with_nothing_to_measure():
+    tree = {"w": jnp.eye(3), "steps": jnp.arange(3), "empty": jnp.ones((0, 3))}
+    norms = spectral_norm(tree)
+    np.testing.assert_allclose(norms["w"], 1, rtol=1e-6)
+    assert norms["steps"] is None
+    assert norms["empty"] is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "reduction", "output"),
+    [
+        ((12, 768, 12, 64), (1,), (2, 3)),
+        ((12, 12, 64, 768), (1, 2), (3,)),
+        ((12, 768, 3072), (1,), (2,)),
+        ((12, 3072, 768), (1,), (2,)),
+        ((3, 3, 64, 128), (0, 1, 2), (3,)),
+    ],
+)
+def test_neither_product_transposes_or_reshapes_a_weight(shape, reduction, output):
+    numbers = MuonDimensionNumbers(reduction, output)
+    w = jax.ShapeDtypeStruct(shape, jnp.float32)
+    labels = _Labels.of(read(w, numbers)[""])
+    sizes = dict(zip(string.ascii_lowercase, shape, strict=False), y=8)
+    near, far = (
+        jax.ShapeDtypeStruct(tuple(sizes[x] for x in side), jnp.float32)
+        for side in (labels.near, labels.far)
+    )
+    products = (
+        (f"{labels.leaf},{labels.near}->{labels.far}", (w, near)),
+        (f"{labels.far},{labels.leaf}->{labels.near}", (far, w)),
+    )
+    for expression, operands in products:
+        jaxpr = jax.make_jaxpr(lambda a, b, e=expression: jnp.einsum(e, a, b))(*operands)
+        assert [eqn.primitive.name for eqn in _flat(jaxpr.jaxpr)] == ["dot_general"], jaxpr
+
+
+def _flat(jaxpr):
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get("jaxpr")
+        if inner is None:
+            yield eqn
+        else:
+            yield from _flat(inner.jaxpr)

@@ -1,0 +1,22 @@
+"""Train Transformers at full learning rate from the first step.
+
+`weyl_optax` bounds the growth of the spectral norm of every weight matrix to
+a factor `1 + tau` per step, by Weyl's inequality.
+"""
+
+from weyl_optax._adamw2 import adamw2
+from weyl_optax._bound import WeylBoundState, scale_by_weyl_bound
+from weyl_optax._metrics import bound_metrics
+from weyl_optax._spectral_norm import spectral_norm
+from weyl_optax._tabulate import tabulate
+
+__all__ = [
+    "WeylBoundState",
+    "adamw2",
+    "bound_metrics",
+    "scale_by_weyl_bound",
+    "spectral_norm",
+    "tabulate",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,105 @@
+"""The paper's AdamW²."""
+
+from typing import Any
+
+import jax
+import optax
+
+from weyl_optax import _bound, _matrices
+
+
+def adamw2(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | None = None,
+    *,
+    nesterov: bool = False,
+    tau: optax.ScalarOrSchedule = 0.004,
+    min_std: jax.typing.ArrayLike = 1e-3,
+    weight_dimension_numbers: _matrices.WeightDimNumOrFn | None = None,
+    num_iters: jax.typing.ArrayLike = 1,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW², which trains Transformers without learning rate warmup.
+
+    :func:`optax.adamw` with :func:`scale_by_weyl_bound`. With Adam's update
+    :math:`U_t = \hat{M}_t / (\sqrt{\hat{V}_t + \bar{\varepsilon}} + \varepsilon)`, the
+    learning rate :math:`\eta_t` and the weight decay :math:`\lambda`, every matrix
+    takes the step
+
+    .. math::
+
+        \begin{align*}
+          \alpha_t &= \min\left(\eta_t,\;
+              \tau\, \sigma_1(W_{t-1}) / \sigma_1(U_t)\right), \\
+          W_t &= W_{t-1} - \alpha_t U_t - \alpha_t \lambda W_{t-1}.
+        \end{align*}
+
+    Algorithm 1 of the paper puts its one :math:`\varepsilon` under the root: that is
+    ``eps=0`` with ``eps_root`` set.
+
+    Args:
+        learning_rate: The largest step, see :func:`optax.adamw`. A schedule needs no
+            warmup.
+        b1: Exponential decay rate of the first moment.
+        b2: Exponential decay rate of the second moment.
+        eps: Added to the denominator, outside of the root.
+        eps_root: Added to the denominator, inside of the root.
+        mu_dtype: The dtype of the first moment, by default that of the params.
+        weight_decay: Strength of the weight decay, or a schedule. It is multiplied by
+            the bounded rate :math:`\alpha_t`.
+        mask: The leaves to decay, see :func:`optax.adamw`.
+        nesterov: Whether to use Nesterov momentum.
+        tau: Largest relative growth of a spectral norm in a step, or a schedule; see
+            :func:`scale_by_weyl_bound`, also for the arguments that follow.
+        min_std: Deviation of the Gaussian matrix whose norm is the least that counts.
+        weight_dimension_numbers: How each leaf is read as matrices.
+        num_iters: Iterations of the estimator at each update.
+
+    Returns:
+        The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+        ValueError: As :func:`scale_by_weyl_bound`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from weyl_optax import adamw2
+        >>> def f(params): return jnp.sum((params["w"] - 1) ** 2)
+        >>> solver = adamw2(learning_rate=0.1, tau=0.05)
+        >>> params = {"w": jnp.eye(4)}
+        >>> opt_state = solver.init(params)
+        >>> for _ in range(5):
+        ...     grads = jax.grad(f)(params)
+        ...     updates, opt_state = solver.update(grads, opt_state, params)
+        ...     params = {"w": params["w"] + updates["w"]}
+        ...     print(f"{f(params):.2f} {jnp.linalg.norm(params['w'], 2):.4f}")
+        11.60 1.0500
+        11.27 1.1025
+        10.74 1.1576
+        10.27 1.2155
+        9.85 1.2763
+
+    References:
+        Qi et al, `Taming Transformer Without Using Learning Rate Warmup
+        <https://arxiv.org/abs/2505.21910>`_, 2025
+    """
+    return optax.chain(
+        optax.scale_by_adam(
+            b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
+        ),
+        _bound.scale_by_weyl_bound(
+            tau,
+            learning_rate,
+            weight_decay=weight_decay,
+            weight_decay_mask=mask,
+            min_std=min_std,
+            weight_dimension_numbers=weight_dimension_numbers,
+            num_iters=num_iters,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,51 @@
+"""The spectral norms of a tree, measured alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from weyl_optax import _matrices, _subspace
+
+
+def spectral_norm(
+    tree: Any,
+    weight_dimension_numbers: _matrices.WeightDimNumOrFn | None = None,
+    *,
+    num_iters: jax.typing.ArrayLike = 32,
+) -> Any:
+    """Estimate the largest singular value of every matrix in a tree.
+
+    Block power iteration from a fixed random start. But for rounding, the
+    estimate is never above the exact norm, and it rises to it with ``num_iters``.
+    The norms of vectors and scalars are exact.
+
+    Args:
+        tree: An array or a tree of arrays, floating or complex.
+        weight_dimension_numbers: How each leaf is read as matrices, see
+            :func:`weyl_optax.scale_by_weyl_bound`.
+        num_iters: Number of iterations, at least 1. Each reads a matrix twice.
+
+    Returns:
+        A tree like ``tree``: for each leaf an array of its batch shape, in float32
+        at least, or ``None`` if the leaf has nothing to measure.
+
+    Raises:
+        ValueError: If ``weight_dimension_numbers`` does not fit ``tree``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from weyl_optax import spectral_norm
+        >>> w = jnp.diag(jnp.array([3.0, 2.0, 1.0]))
+        >>> print(f"{spectral_norm(w):.4f}")
+        3.0000
+        >>> spectral_norm(jnp.ones((12, 64, 256))).shape
+        (12,)
+    """
+    matrices = _matrices.read(tree, weight_dimension_numbers)
+    leaves = {path: jnp.asarray(x) for path, x in _matrices.by_path(tree).items()}
+    blocks = _subspace.random_blocks(leaves, matrices, seed=0)
+    _, (norms,) = _subspace.norms(
+        [leaves], matrices, [blocks], [_subspace.zero_norms(leaves, matrices)], num_iters
+    )
+    return jax.tree.unflatten(jax.tree.structure(tree), [norms.get(path) for path in leaves])

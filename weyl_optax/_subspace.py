@@ -1,0 +1,277 @@
+r"""Largest singular values by warm-started block power iteration.
+
+One iteration on a matrix :math:`A`, from a block :math:`V` of :math:`k` vectors:
+
+.. math::
+
+    R = A V, \qquad Z = A^H R, \qquad V \leftarrow \text{a basis of } Z.
+
+It reads :math:`A` twice, and costs hardly more than with a single vector, since
+the products are bound by reading :math:`A`. The rest is :math:`k \times k`, and
+done in one batch for all the matrices of a model, whatever their shapes.
+"""
+
+import functools
+import math
+import string
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from weyl_optax._matrices import Matrices
+
+BLOCK_SIZE = 8  # vectors kept for each matrix
+COLD_ITERS = 8  # iterations for a matrix that is met for the first time
+
+Arrays: TypeAlias = dict[str, jax.Array]
+
+
+def compute_dtype(x: jax.typing.ArrayLike) -> jnp.dtype:
+    """float32 at least; float64 and complex leaves keep their own."""
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+
+
+def random_blocks(leaves: Arrays, matrices: dict[str, Matrices], seed: int) -> Arrays:
+    """A random start for every matrix; vectors need none.
+
+    The matrices of one model may all start from the same numbers: what they are has
+    nothing to do with them.
+
+    Returns:
+        Keyed by path, `BLOCK_SIZE` vectors along the shorter side of the matrix:
+        shape (*batch, k, *output), or (*batch, *reduction, k).
+    """
+    shapes = {}
+    for path, m in matrices.items():
+        if not m.is_vector:
+            sizes = dict(zip(_Labels.of(m).leaf, m.shape, strict=True), y=BLOCK_SIZE)
+            shapes[path] = tuple(sizes[label] for label in _Labels.of(m).near)
+    batch_ranks = {path: len(matrices[path].batch) for path in shapes}
+    longest = max((math.prod(s[batch_ranks[path] :]) for path, s in shapes.items()), default=0)
+    draw = jax.random.normal(jax.random.key(seed), (longest,))
+
+    def block(path: str) -> jax.Array:
+        own = shapes[path][batch_ranks[path] :]
+        start = draw[: math.prod(own)].reshape(own).astype(compute_dtype(leaves[path]))
+        return jnp.tile(start, (*shapes[path][: batch_ranks[path]], *(1 for _ in own)))
+
+    return {path: block(path) for path in shapes}
+
+
+def zero_norms(leaves: Arrays, matrices: dict[str, Matrices]) -> Arrays:
+    """The norms of matrices that were never met, shape (*batch,), keyed by path."""
+    return {
+        path: jnp.zeros(m.batch_shape, jnp.finfo(compute_dtype(leaves[path])).dtype)
+        for path, m in matrices.items()
+    }
+
+
+def norms(
+    leaves: Sequence[Arrays],
+    matrices: dict[str, Matrices],
+    blocks: Sequence[Arrays],
+    last: Sequence[Arrays],
+    num_iters: jax.typing.ArrayLike,
+) -> tuple[list[Arrays], list[Arrays]]:
+    """The spectral norms of several trees (weights, updates), in one iteration.
+
+    Args:
+        leaves: The arrays of each tree, keyed by path.
+        matrices: How they are read, the same for each tree.
+        blocks: Where to start, from `random_blocks` or from an earlier call.
+        last: The norms that the earlier call found. A matrix that is met for the
+            first time (its last norm was 0 or NaN) asks for `COLD_ITERS` iterations.
+        num_iters: Number of iterations, at least 1. May be traced.
+
+    Returns:
+        The new blocks, and the norms, of shape (*batch,) each: exact for vectors,
+        estimates from below for matrices, NaN where one is not finite. The block
+        of a matrix that is zero or not finite stays as it was.
+    """
+    keys = [(i, path) for i, tree in enumerate(blocks) for path in tree]
+    new_blocks, sigmas = _iterate(
+        [leaves[i][path] for i, path in keys],
+        tuple(matrices[path] for _, path in keys),
+        [blocks[i][path] for i, path in keys],
+        [last[i][path] for i, path in keys],
+        num_iters,
+    )
+    found_blocks: list[Arrays] = [{} for _ in leaves]
+    found_norms = [
+        {path: _vector_norm(tree[path], m) for path, m in matrices.items() if m.is_vector}
+        for tree in leaves
+    ]
+    for (i, path), block, sigma in zip(keys, new_blocks, sigmas, strict=True):
+        found_blocks[i][path], found_norms[i][path] = block, sigma
+    return found_blocks, found_norms
+
+
+def _vector_norm(x: jax.Array, matrices: Matrices) -> jax.Array:
+    """The 2-norm over all but the batch axes, without overflow or underflow."""
+    axes = matrices.reduction + matrices.output
+    x = jnp.abs(x.astype(compute_dtype(x)))
+    largest = jnp.max(x, axis=axes, keepdims=True)
+    x = x / jnp.where(largest > 0, largest, 1)
+    return jnp.squeeze(largest, axes) * jnp.sqrt(jnp.sum(x * x, axis=axes))
+
+
+class _Labels(NamedTuple):
+    """Einsum labels: an axis by its position in the leaf, a block's vectors `y`.
+
+    A vector along the output axes is a row, (*batch, k, *output), and one along
+    the reduction axes a column, (*batch, *reduction, k): so neither of the two
+    products transposes the leaf. The block lies along the shorter side.
+    """
+
+    batch: str
+    leaf: str
+    near: str  # the block, and A^H R
+    far: str  # R
+
+    @classmethod
+    def of(cls, matrices: Matrices) -> "_Labels":
+        batch, reduction, output = (
+            "".join(string.ascii_lowercase[axis] for axis in axes)
+            for axes in (matrices.batch, matrices.reduction, matrices.output)
+        )
+        leaf = string.ascii_lowercase[: len(matrices.shape)]
+        rows, columns = f"{batch}y{output}", f"{batch}{reduction}y"
+        m, n = matrices.matrix_shape
+        return cls(batch, leaf, *((rows, columns) if n <= m else (columns, rows)))
+
+
+@functools.partial(jax.jit, static_argnames="matrices")
+def _iterate(
+    leaves: Sequence[jax.Array],
+    matrices: Sequence[Matrices],
+    blocks: Sequence[jax.Array],
+    last: Sequence[jax.Array],
+    num_iters: jax.typing.ArrayLike,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    if not leaves:
+        return [], []
+    labels = [_Labels.of(m) for m in matrices]
+
+    def more(carry):
+        i, _, sigmas = carry
+        met = [jnp.any((new > 0) & ~(old > 0)) for new, old in zip(sigmas, last, strict=True)]
+        return (i < num_iters) | ((i < COLD_ITERS) & jnp.any(jnp.stack(met)))
+
+    def body(carry):
+        i, blocks, _ = carry
+        return i + 1, *_iteration(leaves, labels, blocks)
+
+    zeros = [jnp.zeros_like(sigma) for sigma in last]
+    _, blocks, sigmas = lax.while_loop(more, body, (0, list(blocks), zeros))
+    return blocks, sigmas
+
+
+def _iteration(
+    leaves: Sequence[jax.Array], labels: Sequence[_Labels], blocks: Sequence[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """One iteration on every matrix: its next block and its norm."""
+    products, factors, grams = [], [], []
+    for a, label, v in zip(leaves, labels, blocks, strict=True):
+        r, z, factor = _products(a.astype(v.dtype), label, v)
+        products.append(z)
+        factors.append(factor)
+        grams.append(jnp.stack([_gram(r, label.far, label), _gram(z, label.near, label)]))
+
+    next_blocks, sigmas = [], []
+    for v, z, factor, label, (sigma, turn, keep) in zip(
+        blocks, products, factors, labels, _in_one_batch(_rayleigh_ritz, grams), strict=True
+    ):
+        mix = f"{label.near},{label.batch}yz->{label.near.replace('y', 'z')}"
+        next_blocks.append(_einsum(mix, z, turn) + _einsum(mix, v, keep))
+        sigmas.append(factor * sigma)
+    return next_blocks, sigmas
+
+
+def _products(
+    a: jax.Array, labels: _Labels, v: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R = A V and Z = A^H R, each with its largest entry brought to 1.
+
+    So no product and no Gram matrix overflows or underflows.
+
+    Returns:
+        R, Z, and the factor, shape (*batch,), by which A^H R is larger than Z. If
+        A is not finite, R and Z are zero, and the factor is NaN.
+    """
+    r, _ = _normalize(_einsum(f"{labels.leaf},{labels.near}->{labels.far}", a, v), labels)
+    z = _einsum(f"{labels.far},{labels.leaf}->{labels.near}", jnp.conj(r), a)
+    z, factor = _normalize(jnp.conj(z), labels)
+    finite = jnp.isfinite(factor)
+    r = jnp.where(_expand(finite, r), r, 0)
+    z = jnp.where(_expand(finite, z), z, 0)
+    return r, z, jnp.where(finite, factor, jnp.nan)
+
+
+def _normalize(x: jax.Array, labels: _Labels) -> tuple[jax.Array, jax.Array]:
+    largest = jnp.max(jnp.abs(x), axis=tuple(range(len(labels.batch), x.ndim)))
+    return x / _expand(jnp.where(largest == 0, 1, largest), x), largest
+
+
+def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.expand_dims(per_matrix, tuple(range(per_matrix.ndim, like.ndim)))
+
+
+def _gram(x: jax.Array, x_labels: str, labels: _Labels) -> jax.Array:
+    """X^H X, shape (*batch, k, k)."""
+    return _einsum(f"{x_labels},{x_labels.replace('y', 'z')}->{labels.batch}yz", jnp.conj(x), x)
+
+
+def _einsum(expression: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(expression, *operands, precision=lax.Precision.HIGHEST)
+
+
+def _in_one_batch(fn, grams: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
+    """Maps `fn` over arrays (2, *batch, k, k), with one call for each dtype."""
+    results: dict[int, tuple[jax.Array, ...]] = {}
+    for dtype in sorted({x.dtype for x in grams}, key=str):
+        places = [i for i, x in enumerate(grams) if x.dtype == dtype]
+        flat = [grams[i].reshape(2, -1, *grams[i].shape[-2:]) for i in places]
+        outputs = fn(*jnp.concatenate(flat, axis=1))
+        start = 0
+        for i, x in zip(places, flat, strict=True):
+            stop, batch = start + x.shape[1], grams[i].shape[1:-2]
+            results[i] = tuple(y[start:stop].reshape(batch + y.shape[1:]) for y in outputs)
+            start = stop
+    return [results[i] for i in range(len(grams))]
+
+
+def _rayleigh_ritz(gram_r: jax.Array, gram_z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""The Rayleigh-Ritz step of a block.
+
+    With :math:`R^H R = Q S^2 Q^H`, the columns of :math:`R Q S^{-1}` are an
+    orthonormal basis of the span of :math:`R`, and :math:`Y = Z Q S^{-1}` is
+    :math:`A^H` on it. With :math:`Y^H Y = P T^2 P^H`, the largest :math:`\|A^H x\|`
+    of a unit vector :math:`x` in that span is :math:`T_1`, and the next block is
+    :math:`Y P T^{-1}`, again orthonormal. A direction of :math:`V` in which
+    :math:`A` is silent, :math:`S_i = 0`, stays in the block as it is.
+
+    Args:
+        gram_r: :math:`R^H R`, shape (b, k, k).
+        gram_z: :math:`Z^H Z`, shape (b, k, k).
+
+    Returns:
+        :math:`T_1`, shape (b,), and `turn` and `keep`, shape (b, k, k): the next
+        block is `Z turn + V keep`.
+    """
+    k, eps = gram_r.shape[-1], jnp.finfo(gram_r.dtype).eps
+    s2, q = jnp.linalg.eigh(gram_r)  # ascending
+    heard = s2 > k * eps * s2[..., -1:]
+
+    def columns_over_root(x: jax.Array, squares: jax.Array) -> jax.Array:
+        """X D^(-1/2), without the silent columns."""
+        return x * jnp.where(heard, lax.rsqrt(jnp.where(heard, squares, 1)), 0)[..., None, :]
+
+    y = columns_over_root(q, s2)
+    t2, p = jnp.linalg.eigh(jnp.swapaxes(jnp.conj(y), -1, -2) @ gram_z @ y)
+    t2 = jnp.maximum(t2, eps * t2[..., -1:])
+    turn = columns_over_root(y @ p, t2)
+    keep = jnp.where(heard[..., None, :], 0, q)
+    return jnp.sqrt(t2[..., -1]), turn, keep
