@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,13 @@ class Config:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {getattr(self, name)}: it must be at least 1.")
+        for name in ("learning_rate", "tau", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} {getattr(self, name)}: it must be 0 or more.")
+        for name, values in (("dropout", [self.dropout]), ("betas", self.betas)):
+            if not all(0 <= value < 1 for value in values):
+                raise ValueError(f"--{name} {getattr(self, name)}: 0 or more, and below 1.")
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"--warmup {self.warmup}: it must be below --steps {self.steps}.")
 

@@ -10,12 +10,14 @@ import tyro
 from examples import language, optimizers, plots, training
 from examples.data import Corpus
 
+PresetName = Literal["nano", "gpt2-small", "gpt2-large"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Flags(language.Config):
     """Train the same GPT on the same batches with several optimizers, and compare them."""
 
-    preset: Literal["nano", "gpt2-small", "gpt2-large"] = "nano"
+    preset: PresetName = "nano"
     """The defaults of all other flags: for two CPU cores, or the paper's recipe for GPT-2."""
     runs: tuple[optimizers.Name, ...] = ("adamw", "adamw_warmup", "adamw2")
     """The optimizers to train with, in this order."""
@@ -30,12 +32,11 @@ def parse(arguments: list[str] | None = None) -> Flags:
 
     @dataclasses.dataclass(frozen=True)
     class Preset:
-        preset: str = "nano"
+        preset: PresetName = "nano"
 
     known, _ = tyro.cli(Preset, args=arguments, return_unknown_args=True, add_help=False)
-    preset = language.PRESETS.get(known.preset, language.Config())
-    default = Flags(preset=known.preset, **dataclasses.asdict(preset))  # type: ignore[arg-type]
-    return tyro.cli(Flags, args=arguments, default=default, description=Flags.__doc__)
+    settings = dataclasses.asdict(language.PRESETS[known.preset])
+    return tyro.cli(Flags, args=arguments, default=Flags(preset=known.preset, **settings))
 
 
 def main(flags: Flags, corpus: Corpus) -> None:

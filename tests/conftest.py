@@ -1,10 +1,14 @@
-"""Four CPU devices, so that the tests can shard; and float64 on request."""
+"""Four CPU devices, so that the tests can shard; one cache of compiled programs; float64."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
+# Many tests compile the same programs, in the workers of pytest-xdist too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest

@@ -105,19 +105,19 @@ def _nearest(path: str, values: dict[str, int]) -> list[int]:
 
 def _layers_of_modules(model: nnx.Module) -> Iterator[tuple[str, MuonDimensionNumbers]]:
     """The parameters of the Flax layers in an NNX model."""
-    for path, module in nnx.iter_modules(model):
+    for path, module in nnx.iter_graph(model):
         for name, numbers in _parameters(module):
             yield "/".join(map(str, (*path, name))), numbers
 
 
-def _parameters(module: nnx.Module) -> Iterable[tuple[str, MuonDimensionNumbers]]:
+def _parameters(module: Any) -> Iterable[tuple[str, MuonDimensionNumbers]]:
     match module:
         case nnx.Linear():
             return ("kernel", _last(1, 1)), ("bias", _last(0, 1))
         case nnx.LinearGeneral():
             n_in, n_out = len(module.in_features), len(module.out_features)
             return ("kernel", _last(n_in, n_out)), ("bias", _last(0, n_out))
-        case nnx.Einsum():
+        case nnx.Einsum() if module.einsum_str:
             return _einsum_parameters(module)
         case nnx.ConvTranspose(transpose_kernel=True):
             rank = len(module.kernel_size)

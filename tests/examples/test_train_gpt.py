@@ -71,7 +71,7 @@ class CtrlC:
         monkeypatch.setattr(training.Recorder, "write", press)
 
 
-@pytest.mark.parametrize(("name", "step"), [("adamw2", 6), ("adamw", 1)])
+@pytest.mark.parametrize(("name", "step"), [("adamw2", 6), ("adamw2", 1)])
 def test_resumes_after_ctrl_c_to_the_same_numbers_to_the_bit(
     finished, tmp_path, monkeypatch, name, step
 ):
@@ -136,7 +136,7 @@ def test_accumulation_takes_the_same_steps(tmp_path):
             "--validation-batches",
             parts,
         )
-        logged.append(lines(tmp_path / parts, "adamw2"))
+        logged.append(lines(tmp_path / parts, "adamw"))
     for one, four in zip(*logged, strict=True):
         np.testing.assert_allclose(one["loss"], four["loss"], rtol=1e-3)
 
@@ -167,6 +167,9 @@ def test_presets_are_the_defaults_of_the_other_flags():
         (["--batch", "9", "--accumulate", "2"], "does not divide --batch 9"),
         (["--warmup", "12"], "it must be below --steps 12"),
         (["--log-every", "0"], "--log-every 0: it must be at least 1"),
+        (["--tau", "-1"], "--tau -1.0: it must be 0 or more"),
+        (["--betas", "0.9", "1.0"], "0 or more, and below 1"),
+        (["--preset", "gpt3"], "invalid choice 'gpt3'"),
         (["--data", "absent"], "no such file or folder"),
         (["--resume"], "has no run"),
     ],
