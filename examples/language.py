@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +154,20 @@ def prepare(flags: Any) -> Corpus:
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(config, indent=2) + "\n")
     return corpus
+
+
+def run_program(parse: Callable[[], Any], main: Callable[[Any, Corpus], None]) -> None:
+    """Runs a program from its flags to its end, or to a line that says what to do."""
+    try:
+        flags = parse()
+        corpus = prepare(flags)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    try:
+        main(flags, corpus)
+    except training.Stopped as stopped:
+        print(f"\n{stopped}. Go on with the same command and --resume.")
+        sys.exit(130)
 
 
 def make_model(config: Config, corpus: Corpus) -> GPT:

@@ -1,13 +1,12 @@
 """Sweep the peak learning rate: AdamW² beside other ways to do without warmup."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from examples import language, optimizers, plots, training
+from examples import language, optimizers, plots
 from examples.data import Corpus
 
 
@@ -56,13 +55,4 @@ def table(losses: dict[str, dict[float, float | None]]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        flags = tyro.cli(Flags)
-        corpus = language.prepare(flags)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    try:
-        main(flags, corpus)
-    except training.Stopped as stopped:
-        print(f"\n{stopped}. Go on with the same command and --resume.")
-        sys.exit(130)
+    language.run_program(lambda: tyro.cli(Flags), main)

@@ -1,7 +1,6 @@
 """Train a GPT at full learning rate: AdamW without and with warmup, and AdamW²."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,13 +101,4 @@ def verdict(runs: dict[str, Any], flags: Flags) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        flags = parse()
-        corpus = language.prepare(flags)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    try:
-        main(flags, corpus)
-    except training.Stopped as stopped:
-        print(f"\n{stopped}. Go on with the same command and --resume.")
-        sys.exit(130)
+    language.run_program(parse, main)

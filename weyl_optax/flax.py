@@ -158,7 +158,7 @@ def _einsum_parameters(module: nnx.Einsum) -> Iterator[tuple[str, MuonDimensionN
 
 def _layers_of_names(ranks: dict[str, int]) -> Iterator[tuple[str, MuonDimensionNumbers]]:
     """The parameters of the Flax layers in the params of a Linen model."""
-    norms = {path: rank - 1 for path, rank in ranks.items() if path.endswith("scale")}
+    norms = {p: rank - 1 for p, rank in ranks.items() if p.rpartition("/")[2] == "scale"}
     for path in ranks:
         folder, _, name = path.rpartition("/")
         around, _, layer = folder.rpartition("/")
@@ -168,13 +168,21 @@ def _layers_of_names(ranks: dict[str, int]) -> Iterator[tuple[str, MuonDimension
             yield path, _last(1, 1)
         elif name in ("kernel", "bias") and layer in ("query", "key", "value"):
             yield path, _last(1, 2) if name == "kernel" else _last(0, 2)
-        elif name in ("kernel", "bias") and layer == "out" and f"{around}/query/kernel" in ranks:
+        elif (
+            name in ("kernel", "bias")
+            and layer == "out"
+            and _beside(around, "query/kernel") in ranks
+        ):
             yield path, _last(2, 1) if name == "kernel" else _last(0, 1)
-        elif name in ("kernel", "bias") and f"{folder}/kernel".lstrip("/") in ranks:
+        elif name in ("kernel", "bias") and _beside(folder, "kernel") in ranks:
             n_in, n_out = _kernel_ranks(folder, layer, ranks, norms)
             yield path, _last(n_in, n_out) if name == "kernel" else _last(0, n_out)
         elif name == "bias":
             yield path, _last(0, 1)
+
+
+def _beside(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def _kernel_ranks(
@@ -184,16 +192,16 @@ def _kernel_ranks(
 
     A bias has the batch and the output axes, a norm beside it the batch axes and one.
     """
-    kernel, bias = (ranks.get(f"{folder}/{name}".lstrip("/")) for name in ("kernel", "bias"))
+    kernel, bias = (ranks.get(_beside(folder, name)) for name in ("kernel", "bias"))
     if kernel == 2 or bias == 1:
         batch = 0
     else:
-        batch = min(_nearest(f"{folder}/kernel", norms) or norms.values(), default=None)
+        batch = min(_nearest(_beside(folder, "kernel"), norms) or norms.values(), default=None)
     bare = bias is None and batch is not None and kernel - batch == 3
     if batch is None or (bare and not layer.lower().startswith("conv")):
         raise ValueError(
-            f"The name {folder + '/kernel'!r} (rank {kernel}) does not tell how to read it: as a "
-            "stack of dense kernels, as a convolution, or as a dense kernel with several axes. "
+            f"The name {_beside(folder, 'kernel')!r} (rank {kernel}) does not tell how to read it: "
+            "as a stack of dense kernels, a convolution, or a dense kernel with several axes. "
             "Give the specification of this model by hand, an optax.contrib.MuonDimensionNumbers("
             "reduction_axis, output_axis) for each leaf."
         )

@@ -154,6 +154,15 @@ def test_linen_names():
     assert readings(params, dimension_numbers(params)) == LINEN
 
 
+def test_linen_attention_alone():
+    params = linen_params(nn.MultiHeadDotProductAttention(num_heads=2), jnp.ones((2, 5, 6)))
+    read = readings(params, dimension_numbers(params))
+    assert read == {
+        **{f"{n}/kernel": "1 matrix of 6 x 6" for n in ("query", "key", "value", "out")},
+        **{f"{n}/bias": "1 vector of 6" for n in ("query", "key", "value", "out")},
+    }
+
+
 def test_linen_blocks_stacked_by_scan():
     class Block(nn.Module):
         @nn.compact
