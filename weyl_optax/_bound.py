@@ -1,7 +1,6 @@
 """The bound on the growth of spectral norms, as an Optax transform."""
 
 import math
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from weyl_optax import _matrices, _subspace
+from weyl_optax._arguments import check_at_least, value_at
 
 
 class WeylBoundState(NamedTuple):
@@ -82,7 +82,8 @@ def scale_by_weyl_bound(
             :func:`weyl_optax.flax.dimension_numbers`.
         num_iters: Iterations, at least 1, of the estimator of :math:`\sigma_1` at each
             update. It starts from the singular vectors of the last update, where one
-            is nearly always enough; each reads the weights and the updates twice.
+            is nearly always enough; each reads the weights and the updates twice. A
+            matrix that is not zero for the first time gets eight.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
@@ -112,11 +113,11 @@ def scale_by_weyl_bound(
     .. seealso:: :func:`weyl_optax.adamw2`, :func:`weyl_optax.bound_metrics`,
         :func:`weyl_optax.tabulate`
     """
-    _check_at_least("tau", tau, 0)
-    _check_at_least("learning_rate", learning_rate, 0)
-    _check_at_least("weight_decay", weight_decay, 0)
-    _check_at_least("min_std", min_std, 0)
-    _check_at_least("num_iters", num_iters, 1)
+    check_at_least("tau", tau, 0)
+    check_at_least("learning_rate", learning_rate, 0)
+    check_at_least("weight_decay", weight_decay, 0)
+    check_at_least("min_std", min_std, 0)
+    check_at_least("num_iters", num_iters, 1)
     decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
 
     def init_fn(params: optax.Params) -> WeylBoundState:
@@ -170,8 +171,8 @@ def scale_by_weyl_bound(
             [state.sigma_weight, state.sigma_update],
             num_iters,
         )
-        max_growth = _value(tau, state.count)
-        rate = _value(learning_rate, state.count)
+        max_growth = value_at(tau, state.count)
+        rate = value_at(learning_rate, state.count)
         scale = {}
         for path, m in matrices.items():
             least = min_std * sum(math.sqrt(size) for size in m.matrix_shape)
@@ -201,13 +202,3 @@ def scale_by_weyl_bound(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _value(scalar_or_schedule: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:
-    return scalar_or_schedule(count) if callable(scalar_or_schedule) else scalar_or_schedule
-
-
-def _check_at_least(name: str, value: Any, least: float) -> None:
-    """Checks a Python number. A schedule or an array is known only when it runs."""
-    if isinstance(value, numbers.Real) and not value >= least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")

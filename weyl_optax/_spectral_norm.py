@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from weyl_optax import _matrices, _subspace
+from weyl_optax._arguments import check_at_least
 
 
 def spectral_norm(
@@ -31,7 +32,8 @@ def spectral_norm(
         at least, or ``None`` if the leaf has nothing to measure.
 
     Raises:
-        ValueError: If ``weight_dimension_numbers`` does not fit ``tree``.
+        ValueError: If ``weight_dimension_numbers`` does not fit ``tree``, or if
+            ``num_iters`` is below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,6 +44,7 @@ def spectral_norm(
         >>> spectral_norm(jnp.ones((12, 64, 256))).shape
         (12,)
     """
+    check_at_least("num_iters", num_iters, 1)
     matrices = _matrices.read(tree, weight_dimension_numbers)
     leaves = {path: jnp.asarray(x) for path, x in _matrices.by_path(tree).items()}
     blocks = _subspace.random_blocks(leaves, matrices, seed=0)

@@ -66,6 +66,11 @@ def test_is_never_above_the_exact_norm(seed, num_iters):
     assert spectral_norm(jnp.asarray(x), num_iters=num_iters) <= np.linalg.norm(x, 2) * (1 + 1e-5)
 
 
+def test_no_iteration_is_an_error():
+    with pytest.raises(ValueError, match="num_iters must be at least 1, got 0"):
+        spectral_norm(jnp.eye(3), num_iters=0)
+
+
 def test_gives_none_for_a_leaf_with_nothing_to_measure():
     tree = {"w": jnp.eye(3), "steps": jnp.arange(3), "empty": jnp.ones((0, 3))}
     norms = spectral_norm(tree)
