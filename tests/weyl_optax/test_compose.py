@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -364,7 +365,7 @@ def test_eval_shape_of_init_is_the_shape_of_init():
     abstract = jax.eval_shape(solver.init, PARAMS)
     concrete = solver.init(PARAMS)
     assert jax.tree.structure(abstract) == jax.tree.structure(concrete)
-    jax.tree.map(lambda a, c: (a.shape, a.dtype) == (c.shape, c.dtype) or 1 / 0, abstract, concrete)
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract, concrete)
 
 
 def test_update_keeps_the_shapes_and_dtypes_of_the_state():
@@ -373,7 +374,7 @@ def test_update_keeps_the_shapes_and_dtypes_of_the_state():
         solver = adamw2(0.1)
         state = solver.init(params)
         _, new = solver.update(params, state, params)
-        jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or 1 / 0, state, new)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
 
 
 def test_no_two_leaves_of_the_state_share_a_buffer():
