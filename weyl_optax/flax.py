@@ -166,19 +166,16 @@ def _layers_of_names(ranks: dict[str, int]) -> Iterator[tuple[str, MuonDimension
             yield path, _last(0, 1)
         elif name == "embedding":
             yield path, _last(1, 1)
-        elif name in ("kernel", "bias") and layer in ("query", "key", "value"):
-            yield path, _last(1, 2) if name == "kernel" else _last(0, 2)
-        elif (
-            name in ("kernel", "bias")
-            and layer == "out"
-            and _beside(around, "query/kernel") in ranks
-        ):
-            yield path, _last(2, 1) if name == "kernel" else _last(0, 1)
-        elif name in ("kernel", "bias") and _beside(folder, "kernel") in ranks:
-            n_in, n_out = _kernel_ranks(folder, layer, ranks, norms)
-            yield path, _last(n_in, n_out) if name == "kernel" else _last(0, n_out)
-        elif name == "bias":
-            yield path, _last(0, 1)
+        elif name in ("kernel", "bias"):
+            if layer in ("query", "key", "value"):
+                n_in, n_out = 1, 2
+            elif layer == "out" and _beside(around, "query/kernel") in ranks:
+                n_in, n_out = 2, 1
+            elif _beside(folder, "kernel") in ranks:
+                n_in, n_out = _kernel_ranks(folder, layer, ranks, norms)
+            else:
+                n_in, n_out = 0, 1  # the bias of a norm
+            yield path, _last(n_in if name == "kernel" else 0, n_out)
 
 
 def _beside(folder: str, name: str) -> str:

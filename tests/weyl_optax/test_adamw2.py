@@ -52,7 +52,7 @@ def test_follows_algorithm_1_for_100_steps(x64):
         mask={name: name in decayed for name in SHAPES},
         min_std=0.0,
         weight_dimension_numbers={n: MuonDimensionNumbers(*axes) for n, axes in AXES.items()},
-        num_iters=40,
+        num_iters=60,
         **settings,
     )
     params = jax.tree.map(jnp.asarray, weights)
