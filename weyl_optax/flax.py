@@ -20,6 +20,7 @@ def dimension_numbers(model_or_params: Any, wrt: nnx.filterlib.Filter = nnx.Para
     query, key, value kernel (d, heads, dim)  0               1, 2
     attention out kernel (heads, dim, d)      0, 1            2
     convolution kernel (h, w, in, out)        0, 1, 2         3
+    depthwise kernel (h, w, 1, channels)      none            0, 1, 2
     embedding (number, features)              0               1
     their biases, scales of norms             none            all
     ========================================  ==============  ===========
@@ -123,6 +124,9 @@ def _parameters(module: Any) -> Iterable[tuple[str, MuonDimensionNumbers]]:
             rank = len(module.kernel_size)
             kernel = MuonDimensionNumbers((*range(-rank - 2, -2), -1), (-2,))
             return ("kernel", kernel), ("bias", _last(0, 1))
+        case nnx.Conv() if module.in_features == module.feature_group_count == module.out_features:
+            window = tuple(range(-len(module.kernel_size) - 2, -1))
+            return ("kernel", MuonDimensionNumbers((), window)), ("bias", _last(0, 1))
         case nnx.Conv() | nnx.ConvTranspose():
             return ("kernel", _last(len(module.kernel_size) + 1, 1)), ("bias", _last(0, 1))
         case nnx.Embed():

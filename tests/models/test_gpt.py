@@ -6,6 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from numpy_layers import (
+    attention,
+    block_of,
+    forward,
+    layer_norm,
+    mlp,
+    parameters,
+    random_model,
+    tanh_gelu,
+)
 
 import weyl_optax
 from models.gpt import CONFIGS, GPT, Config
@@ -22,57 +32,24 @@ def tokens(shape=(2, 7), seed=0):
     return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
 
 
-def perturbed(model):
-    """Every parameter moved off its initial value, so that biases and scales count."""
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    state = nnx.state(model, nnx.Param)
-    noisy = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), state)
-    nnx.update(model, noisy)
-    return model
-
-
 def numpy_forward(model, tokens):
     """GPT-2, a block at a time, in float64."""
-    p = jax.tree.map(
-        lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    )
-    config = model.config
-    head = config.width // config.num_heads
-
-    def norm(x, p):
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-        return x * p["scale"] + p.get("bias", 0)
-
-    def gelu(x):
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-    x = p["token_embedding"]["embedding"][tokens]
-    x = x + p["position_embedding"]["embedding"][: tokens.shape[1]]
+    p, config = parameters(model), model.config
+    time = tokens.shape[1]
+    x = p["token_embedding"]["embedding"][tokens] + p["position_embedding"]["embedding"][:time]
     for layer in range(config.num_layers):
-        block = jax.tree.map(lambda w, layer=layer: w[layer], p["blocks"])
-        a, m = block["attention"], block["mlp"]
-        h = norm(x, block["attention_norm"])
-        q, k, v = (
-            np.einsum("btd,dnh->bnth", h, a[n]["kernel"])
-            + a[n].get("bias", np.zeros((config.num_heads, head)))[:, None]
-            for n in ("query", "key", "value")
-        )
-        scores = q @ np.swapaxes(k, -1, -2) / math.sqrt(head)
-        scores = np.where(np.tri(tokens.shape[1], dtype=bool), scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        out = np.einsum("bnth,nhd->btd", weights @ v, a["out"]["kernel"])
-        x = x + out + a["out"].get("bias", 0)
-        h = norm(x, block["mlp_norm"]) @ m["up"]["kernel"] + m["up"].get("bias", 0)
-        x = x + gelu(h) @ m["down"]["kernel"] + m["down"].get("bias", 0)
-    return norm(x, p["norm"]) @ p["token_embedding"]["embedding"].T
+        block = block_of(p["blocks"], layer)
+        h = layer_norm(x, block["attention_norm"], 1e-5)
+        x = x + attention(h, block["attention"], np.tri(time, dtype=bool))
+        x = x + mlp(layer_norm(x, block["mlp_norm"], 1e-5), block["mlp"], tanh_gelu)
+    return layer_norm(x, p["norm"], 1e-5) @ p["token_embedding"]["embedding"].T
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("remat", [True, False])
 def test_equals_gpt_2_in_numpy(use_bias, remat):
-    model = perturbed(build(dataclasses.replace(TINY, use_bias=use_bias, remat=remat)))
-    logits = model(tokens())
+    model = random_model(GPT, dataclasses.replace(TINY, use_bias=use_bias, remat=remat))
+    logits = forward(model, tokens())
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, numpy_forward(model, np.asarray(tokens())), atol=1e-4)
 
@@ -106,27 +83,27 @@ def test_initial_weights_are_those_of_nanogpt():
 
 
 def test_a_token_sees_only_what_is_before_it():
-    model = perturbed(build())
+    model = random_model(GPT, TINY)
     changed = tokens().at[:, 4].add(1) % TINY.vocab_size
-    before, after = model(tokens()), model(changed)
+    before, after = forward(model, tokens()), forward(model, changed)
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-3
 
 
 def test_dropout_is_random_in_training_and_off_in_evaluation():
-    model = perturbed(build(dataclasses.replace(TINY, dropout=0.5)))
-    assert np.abs(model(tokens()) - model(tokens())).max() > 1e-3
+    model = random_model(GPT, dataclasses.replace(TINY, dropout=0.5))
+    assert np.abs(forward(model, tokens()) - forward(model, tokens())).max() > 1e-3
     model.eval()
-    np.testing.assert_array_equal(model(tokens()), model(tokens()))
+    np.testing.assert_array_equal(forward(model, tokens()), forward(model, tokens()))
     np.testing.assert_allclose(
-        model(tokens()), numpy_forward(model, np.asarray(tokens())), atol=1e-4
+        forward(model, tokens()), numpy_forward(model, np.asarray(tokens())), atol=1e-4
     )
 
 
 def test_bfloat16_computes_in_16_bits_over_float32_parameters():
-    model = perturbed(build(dataclasses.replace(TINY, dtype="bfloat16")))
+    model = random_model(GPT, dataclasses.replace(TINY, dtype="bfloat16"))
     assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
-    logits, exact = model(tokens()), numpy_forward(model, np.asarray(tokens()))
+    logits, exact = forward(model, tokens()), numpy_forward(model, np.asarray(tokens()))
     assert logits.dtype == jnp.float32
     error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < 3e-2
@@ -134,7 +111,7 @@ def test_bfloat16_computes_in_16_bits_over_float32_parameters():
 
 def test_a_sequence_that_is_too_long_is_an_error():
     with pytest.raises(ValueError, match="8 positions, more than context_length=7"):
-        build()(tokens((1, 8)))
+        random_model(GPT, TINY)(tokens((1, 8)))
 
 
 def test_blocks_are_traced_once_whatever_the_depth():
@@ -148,7 +125,7 @@ def test_blocks_are_traced_once_whatever_the_depth():
 
 
 def test_every_leaf_is_read_as_the_matrix_of_its_layer():
-    model = build()
+    model = nnx.eval_shape(build)
     table = weyl_optax.tabulate(nnx.state(model, nnx.Param), dimension_numbers(model))
     assert table == (
         "path                           shape         read as\n"

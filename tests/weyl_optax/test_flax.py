@@ -37,6 +37,7 @@ class Layers(nnx.Module):
         self.experts = nnx.Einsum("etd,edf->etf", (5, 6, 7), (5, 7), rngs=rngs)
         self.conv = nnx.Conv(3, 10, kernel_size=(5, 5), rngs=rngs)
         self.conv1d = nnx.Conv(3, 10, kernel_size=(5,), rngs=rngs)
+        self.depthwise = nnx.Conv(10, 10, (5, 5), feature_group_count=10, rngs=rngs)
         self.up = nnx.ConvTranspose(3, 10, kernel_size=(2, 2), rngs=rngs)
         self.up_t = nnx.ConvTranspose(10, 3, (2, 2), transpose_kernel=True, rngs=rngs)
         self.embed = nnx.Embed(20, 6, rngs=rngs)
@@ -63,6 +64,8 @@ LAYERS = {
     "conv/bias": "1 vector of 10",
     "conv1d/kernel": "1 matrix of 15 x 10",
     "conv1d/bias": "1 vector of 10",
+    "depthwise/kernel": "10 vectors of 25",
+    "depthwise/bias": "1 vector of 10",
     "up/kernel": "1 matrix of 12 x 10",
     "up/bias": "1 vector of 10",
     "up_t/kernel": "1 matrix of 40 x 3",
