@@ -6,8 +6,8 @@ from typing import Any
 
 import tyro
 
-from examples import language, optimizers, plots
-from examples.data import Corpus
+from examples import language, optimizers, plots, program, results
+from examples.text_data import Corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,9 @@ def main(flags: Flags, corpus: Corpus) -> None:
         for name in flags.runs:
             folder = flags.out / f"{rate:g}"
             folder.mkdir(exist_ok=True)
-            language.train_run(name, config, corpus, folder)
-            runs[name][f"{rate:g}"] = language.summarize(folder, name)
-            language.write_summary(flags.out, runs)
+            language.train(name, config, corpus, folder)
+            runs[name][f"{rate:g}"] = results.summarize(folder, name)
+            results.write_summary(flags.out, runs)
     losses = {
         name: {float(rate): run["val_loss"] for rate, run in by_rate.items()}
         for name, by_rate in runs.items()
@@ -55,4 +55,4 @@ def table(losses: dict[str, dict[float, float | None]]) -> str:
 
 
 if __name__ == "__main__":
-    language.run_program(lambda: tyro.cli(Flags), main)
+    program.run(lambda: tyro.cli(Flags), language.prepare, main)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import jax
 import optax
 
 from weyl_optax import adamw2
@@ -28,20 +29,28 @@ def make_schedule(name: str, learning_rate: float, steps: int, warmup: int) -> o
     return optax.cosine_decay_schedule(learning_rate, steps)
 
 
+def _is_decayed(params: optax.Params) -> optax.Params:
+    """Kernels and embeddings, but no biases, norms, positions or class tokens."""
+
+    def name(path: tuple[Any, ...]) -> str:
+        return jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")[2]
+
+    return jax.tree.map_with_path(lambda path, _: name(path) in ("kernel", "embedding"), params)
+
+
 def make_optimizer(
     name: str,
     schedule: optax.Schedule,
     *,
     betas: tuple[float, float],
     weight_decay: float,
-    decay_mask: Any,
     tau: float,
     clip: float,
     weight_dimension_numbers: Any,
 ) -> optax.GradientTransformation:
     """An optimizer after clipping by the global norm, `clip=0` for none."""
     b1, b2 = betas
-    adam: dict[str, Any] = {"b1": b1, "b2": b2, "weight_decay": weight_decay, "mask": decay_mask}
+    adam: dict[str, Any] = {"b1": b1, "b2": b2, "weight_decay": weight_decay, "mask": _is_decayed}
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adamw": lambda: optax.adamw(schedule, **adam),
         "adamw_warmup": lambda: optax.adamw(schedule, **adam),
@@ -50,11 +59,11 @@ def make_optimizer(
         ),
         "radam": lambda: optax.chain(
             optax.scale_by_radam(b1, b2),
-            optax.add_decayed_weights(weight_decay, decay_mask),
+            optax.add_decayed_weights(weight_decay, _is_decayed),
             optax.scale_by_learning_rate(schedule),
         ),
-        "lion": lambda: optax.lion(schedule, weight_decay=weight_decay, mask=decay_mask),
-        "lamb": lambda: optax.lamb(schedule, b1, b2, weight_decay=weight_decay, mask=decay_mask),
+        "lion": lambda: optax.lion(schedule, weight_decay=weight_decay, mask=_is_decayed),
+        "lamb": lambda: optax.lamb(schedule, b1, b2, weight_decay=weight_decay, mask=_is_decayed),
         "adaptive_grad_clip": lambda: optax.chain(
             optax.adamw(schedule, **adam), optax.adaptive_grad_clip(tau)
         ),

@@ -39,9 +39,9 @@ def _curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([s for s, _ in found]), np.array([v for _, v in found], float)
 
 
-def _axes(columns: int, **options: Any) -> tuple[Figure, Any]:
+def _axes(columns: int, sharey: bool = True) -> tuple[Figure, Any]:
     figure = Figure(figsize=(4.6 * columns if columns > 1 else 7, 4.2), layout="constrained")
-    axes = figure.subplots(1, columns, sharey=True, **options)
+    axes = figure.subplots(1, columns, sharey=sharey)
     for ax in np.atleast_1d(axes):
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
@@ -55,12 +55,17 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def loss(runs: dict[str, Lines], path: Path) -> Path:
-    """Training loss of every run, with the validation losses as dots."""
-    figure, ax = _axes(1)
+    """Training and validation loss of every run, and beside them the validation accuracy."""
+    has_accuracy = any("val_accuracy" in line for lines in runs.values() for line in lines)
+    figure, axes = _axes(2 if has_accuracy else 1, sharey=False)
+    ax, *beside = np.atleast_1d(axes)
     for name, lines in runs.items():
         ax.plot(*_curve(lines, "loss"), color=COLORS[name], alpha=0.8, label=LABELS[name])
         ax.plot(*_curve(lines, "val_loss"), "o", color=COLORS[name], markersize=5)
-    ax.set_ylabel("loss in nats per token (dots: validation)")
+        for right in beside:
+            right.plot(*_curve(lines, "val_accuracy"), "o-", color=COLORS[name], label=LABELS[name])
+            right.set_ylabel("validation accuracy")
+    ax.set_ylabel("cross entropy in nats (dots: validation)")
     ax.legend(frameon=False)
     return _save(figure, path)
 
@@ -84,7 +89,14 @@ def qk_sigma(runs: dict[str, Lines], path: Path) -> Path:
 def learning_rates(lines: Lines, path: Path) -> Path:
     """The actual learning rate of every kind of weight in three blocks of an AdamW² run."""
     steps, rate = _curve(lines, "learning_rate")
-    scales = {kind: _curve(lines, f"blocks/{kind}/kernel/scale")[1] for kind in KINDS}
+    last = f"/{next(iter(KINDS))}/kernel/scale"
+    stacks = [key.removesuffix(last) for key in lines[0] if key.endswith(last)]
+    scales = {  # by kind: (step, block), through all stacks
+        kind: np.concatenate(
+            [_curve(lines, f"{stack}/{kind}/kernel/scale")[1] for stack in stacks], axis=1
+        )
+        for kind in KINDS
+    }
     depth = next(iter(scales.values())).shape[1]
     figure, axes = _axes(3)
     for ax, block in zip(axes, (0, depth // 2, depth - 1), strict=True):

@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ class Task:
 
     model: nnx.Module
     batches: grain.DatasetIterator
-    validation: list[Any]  # batches
     loss: Callable[[nnx.Module, Any], jax.Array]  # of a batch
+    validation: Iterable[Any]  # batches
+    evaluate: Callable[[nnx.Module, Any], dict[str, jax.Array]]  # sums over a batch, and "count"
     observe: Callable[[nnx.Module, optax.OptState], dict[str, jax.Array]]  # at logged steps
 
 
@@ -97,7 +98,7 @@ def train(
                 if not math.isfinite(loss):
                     bar.write(f"{name}: the loss is {loss} at step {step}. This run ends here.")
                 elif step % plan.validate_every == 0 or last:
-                    metrics["val_loss"] = validate(state)
+                    metrics |= validate(state)
                 recorder.write(step, metrics)
                 watch.restart(step)
             if step % plan.save_every == 0 or last or recorder.diverged or stopped():
@@ -140,16 +141,22 @@ def _make_update(
     return update
 
 
-def _make_validate(graph: nnx.GraphDef, task: Task) -> Callable[[dict[str, Any]], float]:
-    """The mean loss over the validation batches, without dropout."""
+def _make_validate(graph: nnx.GraphDef, task: Task) -> Callable[[dict[str, Any]], dict[str, float]]:
+    """The means over the validation batches, without dropout, as `val_<name>`."""
 
     @jax.jit
-    def loss(state: dict[str, Any], batch: Any) -> jax.Array:
+    def evaluate(state: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
         model = nnx.merge(graph, state["params"], state["rest"])
         model.eval()
-        return task.loss(model, batch)
+        return task.evaluate(model, batch)
 
-    return lambda state: float(np.mean([loss(state, batch) for batch in task.validation]))
+    def validate(state: dict[str, Any]) -> dict[str, float]:
+        sums = [jax.device_get(evaluate(state, batch)) for batch in task.validation]
+        total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+        count = total.pop("count")
+        return {f"val_{name}": value / count for name, value in total.items()}
+
+    return validate
 
 
 class Recorder:

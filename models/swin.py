@@ -39,7 +39,7 @@ class Config:
     remat: bool = False  # recompute each block in the backward pass
 
 
-_NANO = Config(  # for 8 x 8 digits
+_NANO = Config(  # for 8 x 8 digits; remat as in models/vit.py
     image_size=8,
     num_channels=1,
     patch_size=1,
@@ -48,6 +48,7 @@ _NANO = Config(  # for 8 x 8 digits
     depths=(2, 4),
     num_heads=(2, 4),
     window_size=4,
+    remat=True,
 )
 
 CONFIGS = {

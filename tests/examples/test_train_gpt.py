@@ -166,9 +166,9 @@ def test_presets_are_the_defaults_of_the_other_flags():
     [
         (["--sequence-length", "129"], "nano takes 1 to 128"),
         (["--batch", "9", "--accumulate", "2"], "does not divide --batch 9"),
-        (["--warmup", "12"], "it must be below --steps 12"),
+        (["--warmup", "12"], "it must be below the 12 steps"),
         (["--log-every", "0"], "--log-every 0: it must be at least 1"),
-        (["--tau", "-1"], "--tau -1.0: it must be 0 or more"),
+        (["--tau", "-1"], "--tau -1.0: it must be at least 0"),
         (["--betas", "0.9", "1.0"], "0 or more, and below 1"),
         (["--preset", "gpt3"], "invalid choice 'gpt3'"),
         (["--data", "absent"], "no such file or folder"),

@@ -7,8 +7,8 @@ import pytest
 import reference
 from flax import nnx
 
-from examples import language, optimizers
-from examples.data import load_corpus, training_batches
+from examples import language, optimizers, results
+from examples.text_data import load_corpus, training_batches
 from weyl_optax import scale_by_weyl_bound
 from weyl_optax._matrices import by_path, read
 from weyl_optax.flax import dimension_numbers
@@ -97,8 +97,8 @@ def test_no_matrix_grows_by_more_than_rule_1_and_the_error_of_the_estimate(recor
 
 def test_trains_without_warmup_where_adamw_does_not(corpus, tmp_path):
     for name in ("adamw", "adamw2"):
-        language.train_run(name, CONFIG, corpus, tmp_path)
-    adamw, adamw2 = (language.summarize(tmp_path, name) for name in ("adamw", "adamw2"))
+        language.train(name, CONFIG, corpus, tmp_path)
+    adamw, adamw2 = (results.summarize(tmp_path, name) for name in ("adamw", "adamw2"))
     print(adamw, adamw2)
     assert adamw2["val_loss"] < adamw["val_loss"] - 0.2
     assert adamw2["max_qk_sigma"] < 0.2 * adamw["max_qk_sigma"]

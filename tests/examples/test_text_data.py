@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from examples.data import Windows, load_corpus, training_batches, validation_batches
+from examples.text_data import Windows, load_corpus, training_batches, validation_batches
 
 
 def test_the_default_is_the_standard_library():

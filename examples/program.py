@@ -1,0 +1,193 @@
+"""What the programs share: flags, the folder of a run, and runs with several optimizers."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax import nnx
+
+from examples import optimizers, results, training
+from weyl_optax import bound_metrics, spectral_norm
+from weyl_optax.flax import dimension_numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a model is trained, whatever it is."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; the parameters are float32."""
+    steps: int = 200
+    """Updates."""
+    batch: int = 8
+    """Examples in an update."""
+    accumulate: int = 1
+    """Parts in which an update goes through its batch, to need less memory."""
+    learning_rate: float = 1e-2
+    """Peak; it decays by a cosine to zero."""
+    tau: float = 0.03
+    """Largest relative growth of a spectral norm in an update (AdamW²)."""
+    warmup: int = 50
+    """Updates of linear warmup, for the run that has it."""
+    weight_decay: float = 0.1
+    """Of kernels and embeddings; the others do not decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's moments."""
+    clip: float = 1.0
+    """Global gradient norm, 0 for no clipping."""
+    seed: int = 0
+    """Of the weights, the batches and the dropout."""
+    log_every: int = 5
+    """Updates between logged steps."""
+    validate_every: int = 50
+    """Updates between validations."""
+    save_every: int = 1000
+    """Updates between checkpoints; the end and Ctrl-C save too."""
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1 or self.batch < 1 or self.batch % self.accumulate:
+            raise ValueError(
+                f"--accumulate {self.accumulate} does not divide --batch {self.batch}."
+            )
+        self.check_at_least(1, "steps", "log_every", "validate_every", "save_every")
+        self.check_at_least(0, "learning_rate", "tau", "warmup", "weight_decay", "clip")
+        self.check_fraction("betas")
+
+    def check_at_least(self, least: int, *names: str) -> None:
+        """Raises ValueError where a flag is below."""
+        self._check(lambda x: least <= x < math.inf, f"it must be at least {least}", names)
+
+    def check_fraction(self, *names: str) -> None:
+        """Raises ValueError where a flag is not in [0, 1)."""
+        self._check(lambda x: 0 <= x < 1, "it must be 0 or more, and below 1", names)
+
+    def _check(self, holds: Callable[[float], bool], what: str, names: Sequence[str]) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not all(map(holds, value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {what}.")
+
+
+Flags = TypeVar("Flags", bound=Config)
+
+
+def parse(flags: type[Flags], presets: Mapping[str, Config], arguments: list[str] | None) -> Flags:
+    """The flags of a program, with the defaults of the preset that they name."""
+    field = "preset", get_type_hints(flags)["preset"], next(iter(presets))
+    Preset = dataclasses.make_dataclass("Preset", [field])  # noqa: N806
+    known, _ = tyro.cli(Preset, args=arguments, return_unknown_args=True, add_help=False)
+    default = flags(preset=known.preset, **vars(presets[known.preset]))  # type: ignore[call-arg]
+    return tyro.cli(flags, args=arguments, default=default)
+
+
+Data = TypeVar("Data")
+
+
+def run(
+    parse: Callable[[], Any], prepare: Callable[[Any], Data], main: Callable[[Any, Data], None]
+) -> None:
+    """Runs a program from its flags to its end, or to a line that says what to do."""
+    try:
+        flags = parse()
+        data = prepare(flags)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    try:
+        main(flags, data)
+    except training.Stopped as stopped:
+        print(f"\n{stopped}. Go on with the same command and --resume.")
+        sys.exit(130)
+
+
+def begin(flags: Any, steps: int) -> None:
+    """Begins or goes on with the folder of a run, and its `config.json`.
+
+    Args:
+        flags: A `Config` with `out`, the folder, and `resume`.
+        steps: Updates of a run.
+
+    Raises:
+        ValueError: If it would lose or mix runs.
+    """
+    if flags.warmup >= steps:
+        raise ValueError(f"--warmup {flags.warmup}: it must be below the {steps} steps.")
+    folder, file = flags.out, flags.out / "config.json"
+    config = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("out", "resume")}
+    config = json.loads(json.dumps(config, default=str))
+    if flags.resume:
+        if not file.exists():
+            raise ValueError(f"--resume: {folder} has no run. Leave --resume out to begin one.")
+        before = json.loads(file.read_text())
+        if different := [key for key in config if config[key] != before.get(key)]:
+            raise ValueError(
+                f"--resume: {folder} was begun with other flags. Give "
+                + ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in different)
+                + ", or another --out."
+            )
+    elif file.exists():
+        raise ValueError(f"{folder} has a run. Go on with --resume, or give another --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def train(name: str, config: Config, steps: int, task: training.Task, folder: Path) -> nnx.Module:
+    """Trains the model of a task with the optimizer of that name; see `training.train`."""
+    learning_rate = optimizers.make_schedule(name, config.learning_rate, steps, config.warmup)
+    optimizer = optimizers.make_optimizer(
+        name,
+        learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        tau=config.tau,
+        clip=config.clip,
+        weight_dimension_numbers=dimension_numbers(task.model),
+    )
+    plan = training.Plan(
+        steps=steps,
+        accumulate=config.accumulate,
+        log_every=config.log_every,
+        validate_every=config.validate_every,
+        save_every=config.save_every,
+    )
+    return training.train(name, task, optimizer, learning_rate, plan, folder)
+
+
+def train_each(flags: Any, train: Callable[[str], nnx.Module]) -> dict[str, Any]:
+    """The models that `train` makes with the optimizers in `flags.runs`, by name."""
+    models = {}
+    for name in flags.runs:
+        models[name] = train(name)
+        results.write_summary(
+            flags.out, {name: results.summarize(flags.out, name) for name in models}
+        )
+    return models
+
+
+def observe(
+    name: str, stacks: Callable[[Any], Sequence[Any]]
+) -> Callable[[Any, optax.OptState], dict[str, jax.Array]]:
+    """What is logged of a run with the optimizer of that name.
+
+    The spectral norm of W_q W_k^T, over all heads together, of each block in the stacks of a
+    model, and what the bound did.
+    """
+
+    def metrics(model: Any, opt_state: optax.OptState) -> dict[str, jax.Array]:
+        found = {"qk_sigma": jnp.concatenate([qk_sigma(blocks) for blocks in stacks(model)])}
+        return found | bound_metrics(opt_state) if name == "adamw2" else found
+
+    return metrics
+
+
+def qk_sigma(blocks: Any) -> jax.Array:
+    """Of stacked blocks, (blocks,)."""
+    query, key = blocks.attention.query.kernel[...], blocks.attention.key.kernel[...]
+    return spectral_norm(jnp.einsum("ldnh,lenh->lde", query, key))

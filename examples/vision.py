@@ -1,0 +1,210 @@
+"""A ViT or a Swin on images: its flags, its data, and how it is trained."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import models.swin
+import models.vit
+from examples import program, training
+from examples.image_data import (
+    Augmentation,
+    Images,
+    load_images,
+    training_batches,
+    validation_batches,
+)
+from models.swin import Swin
+from models.vit import ViT
+
+ModelName = Literal[
+    "vit-nano",
+    "vit-tiny",
+    "vit-base",
+    "vit-large",
+    "vit-giant",
+    "swin-nano",
+    "swin-small",
+    "swin-base",
+    "flatten-nano",
+    "flatten-small",
+]
+SIZES: dict[str, models.vit.Config | models.swin.Config] = {
+    **{f"vit-{name}": size for name, size in models.vit.CONFIGS.items()},
+    **{
+        name if name.startswith("flatten-") else f"swin-{name}": size
+        for name, size in models.swin.CONFIGS.items()
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(program.Config):
+    """Model, data and optimizer of an image classifier."""
+
+    model: ModelName = "vit-nano"
+    """Architecture and size, from models/vit.py and models/swin.py."""
+    stochastic_depth: float = 0.0
+    """Probability to leave out the last block; it grows from 0 in the first."""
+    data: Path | None = None
+    """A folder with train/<class>/<image> and val/<class>/<image>, as ImageNet. By default,
+    scikit-learn's handwritten digits."""
+    epochs: int | None = None
+    """Passes over the images, in place of --steps."""
+    rand_augment: tuple[float, float] = (0.0, 0.0)
+    """RandAugment's magnitude, of 10, and its standard deviation."""
+    random_erasing: float = 0.0
+    """Probability to put noise into a part of an image."""
+    mixup: float = 0.0
+    """Alpha of mixup, 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix, 0 for none; with both, each batch takes one."""
+    label_smoothing: float = 0.0
+    """Probability that the target gives to all classes alike."""
+    workers: int = 8
+    """Processes that read --data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least(1, "workers", *(["epochs"] if self.epochs is not None else []))
+        self.check_at_least(0, "rand_augment", "mixup", "cutmix")
+        self.check_fraction("stochastic_depth", "random_erasing", "label_smoothing")
+
+
+_NANO = Config(
+    steps=200,
+    batch=64,
+    learning_rate=2e-2,
+    tau=0.015,
+    warmup=60,
+    validate_every=25,
+)
+_IMAGENET = Config(
+    model="vit-base",
+    dtype="bfloat16",
+    epochs=150,
+    batch=1024,
+    learning_rate=1e-3,
+    tau=0.004,
+    warmup=10_000,
+    weight_decay=0.05,
+    betas=(0.9, 0.99),
+    clip=0.0,
+    stochastic_depth=0.1,
+    rand_augment=(9.0, 0.5),
+    mixup=0.8,
+    cutmix=1.0,
+    label_smoothing=0.1,
+    log_every=50,
+    validate_every=1250,
+)
+_SWIN = dataclasses.replace(
+    _IMAGENET,
+    model="swin-small",
+    epochs=300,
+    betas=(0.9, 0.999),
+    clip=5.0,
+    stochastic_depth=0.3,
+    random_erasing=0.25,
+)
+_LARGE = dataclasses.replace(_IMAGENET, weight_decay=0.1, stochastic_depth=0.5)
+
+PRESETS = {
+    "nano": _NANO,
+    # Table 2a of the paper.
+    "vit-base": _IMAGENET,
+    "vit-large": dataclasses.replace(_LARGE, model="vit-large", accumulate=4),
+    "vit-giant": dataclasses.replace(_LARGE, model="vit-giant", accumulate=16),
+    # Liu et al. (2021) and Han et al. (2023), without their warmup.
+    "swin-small": _SWIN,
+    "swin-base": dataclasses.replace(_SWIN, model="swin-base", stochastic_depth=0.5),
+    "flatten-small": dataclasses.replace(_SWIN, model="flatten-small"),
+}
+
+
+def prepare(flags: Any) -> Images:
+    """Finds the images, and begins or goes on with the folder of a run.
+
+    Raises:
+        ValueError: If the data do not fit the flags, or if it would lose or mix runs.
+    """
+    images = load_images(flags.data, SIZES[flags.model].num_channels)
+    program.begin(flags, num_steps(flags, images))
+    return images
+
+
+def num_steps(config: Config, images: Images) -> int:
+    """The updates of a run."""
+    if config.epochs is None:
+        return config.steps
+    return max(1, config.epochs * len(images.train) // config.batch)
+
+
+def make_model(config: Config, images: Images) -> ViT | Swin:
+    """The model of a config, with the classes of the images, from its seed."""
+    size = dataclasses.replace(
+        SIZES[config.model],
+        num_classes=len(images.classes),
+        stochastic_depth=config.stochastic_depth,
+        dtype=config.dtype,
+    )
+    return (ViT if isinstance(size, models.vit.Config) else Swin)(size, rngs=nnx.Rngs(config.seed))
+
+
+def train(name: str, config: Config, images: Images, folder: Path) -> ViT | Swin:
+    """Trains a classifier with the optimizer of that name; see `training.train`."""
+    model = make_model(config, images)
+    size = model.config.image_size
+    mean, std = np.array(images.mean), np.array(images.std)
+
+    def logits(model: ViT | Swin, pixels: jax.Array) -> jax.Array:
+        return model((pixels / 255 - mean) / std)
+
+    def loss(model: ViT | Swin, batch: dict[str, jax.Array]) -> jax.Array:
+        targets = batch["target"]
+        losses = optax.softmax_cross_entropy(logits(model, batch["image"]), targets)
+        return losses.sum() / jnp.maximum(targets.sum(), 1)
+
+    def evaluate(model: ViT | Swin, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found, label, weight = logits(model, batch["image"]), batch["label"], batch["weight"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(found, label)
+        return {
+            "loss": (weight * losses).sum(),
+            "accuracy": (weight * (found.argmax(-1) == label)).sum(),
+            "count": weight.sum(),
+        }
+
+    task = training.Task(
+        model=model,
+        batches=training_batches(
+            images,
+            size,
+            config.batch,
+            Augmentation(
+                config.rand_augment,
+                config.random_erasing,
+                config.mixup,
+                config.cutmix,
+                config.label_smoothing,
+            ),
+            config.seed,
+            config.workers,
+        ),
+        loss=loss,
+        validation=validation_batches(
+            images, size, config.batch // config.accumulate, config.workers
+        ),
+        evaluate=evaluate,
+        observe=program.observe(name, _stacks),
+    )
+    return program.train(name, config, num_steps(config, images), task, folder)
+
+
+def _stacks(model: ViT | Swin) -> list[nnx.Module]:
+    return [model.blocks] if isinstance(model, ViT) else [stage.blocks for stage in model.stages]

@@ -1,0 +1,195 @@
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from examples import augmentation
+from examples.image_data import Augmentation, load_images, training_batches, validation_batches
+
+
+def test_the_digits_are_whole_and_held_apart():
+    images = load_images(None, 1)
+    assert (len(images.train), len(images.validation), len(images.classes)) == (1400, 397, 10)
+    batches = list(validation_batches(images, 8, 100, workers=1))
+    assert [b["image"].shape for b in batches] == [(100, 8, 8, 1)] * 4
+    assert sum(b["weight"].sum() for b in batches) == 397
+    first = np.asarray(images.validation[0].image)
+    np.testing.assert_array_equal(batches[0]["image"][0, :, :, 0], first)
+    assert first.max() == 255
+    pixels = np.stack([np.asarray(images.train[i].image) for i in range(1400)]) / 255
+    np.testing.assert_allclose([pixels.mean(), pixels.std()], [0.305, 0.376], atol=2e-3)
+
+
+def test_an_epoch_has_every_image_once_and_the_iterator_can_be_saved():
+    images = load_images(None, 1)
+    make = lambda: training_batches(images, 8, 700, Augmentation(), seed=3, workers=1)  # noqa: E731
+    iterator = make()
+    epoch = np.concatenate([next(iterator)["image"] for _ in range(2)])
+    everything = np.stack([np.asarray(images.train[i].image) for i in range(1400)])
+    rows = lambda x: x.reshape(1400, 64)[np.lexsort(x.reshape(1400, 64).T)]  # noqa: E731
+    np.testing.assert_array_equal(rows(epoch), rows(everything))
+    state, expected = iterator.get_state(), next(iterator)
+    fresh = make()
+    fresh.set_state(state)
+    for key, value in next(fresh).items():
+        np.testing.assert_array_equal(value, expected[key])
+
+
+def test_targets_have_the_labels_and_smoothing():
+    images = load_images(None, 1)
+    batch = next(training_batches(images, 8, 50, Augmentation(label_smoothing=0.1), 0, 1))
+    np.testing.assert_allclose(batch["target"].sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(batch["target"].max(1), 0.9 + 0.1 / 10, rtol=1e-6)
+    places = [
+        next(j for j in range(1400) if (np.asarray(images.train[j].image) == x[..., 0]).all())
+        for x in batch["image"][:5]
+    ]
+    labels = [images.train[j].label for j in places]
+    np.testing.assert_array_equal(batch["target"][:5].argmax(1), labels)
+
+
+def test_a_folder_is_read_by_workers_and_broken_files_are_named_and_skipped(image_folder, capfd):
+    images = load_images(image_folder, 3)
+    assert images.classes == ["blue", "green"]
+    assert (len(images.train), len(images.validation)) == (10, 6)
+    varied = Augmentation((9, 0.5), 0.25, 0.8, 1.0, 0.1)
+    iterator = training_batches(images, 16, 5, varied, seed=0, workers=2)
+    batches = list(itertools.islice(iterator, 4))  # two epochs
+    for batch in batches:
+        assert batch["image"].shape == (5, 16, 16, 3)
+        assert batch["image"].dtype == np.uint8
+        assert batch["target"].shape == (5, 2)
+    # Each epoch has nine of ten; mixing keeps what is there.
+    total = sum(batch["target"].sum() for batch in batches)
+    np.testing.assert_allclose(total, 18, rtol=1e-5)
+    state, expected = iterator.get_state(), next(iterator)
+    iterator.set_state(state)
+    np.testing.assert_array_equal(next(iterator)["image"], expected["image"])
+    iterator.close()
+
+    (validation,) = validation_batches(images, 16, 8, workers=2)
+    np.testing.assert_array_equal(validation["weight"].sum(), 5)
+    for pixels, label in zip(
+        validation["image"][validation["weight"] > 0],
+        validation["label"][validation["weight"] > 0],
+        strict=True,
+    ):
+        color = {"blue": (20, 40, 220), "green": (30, 200, 60)}[images.classes[label]]
+        np.testing.assert_allclose(pixels.mean((0, 1)), color, atol=12)
+    broken = {
+        str(image_folder / "train" / "blue" / "1.jpeg"),
+        str(image_folder / "val" / "green" / "2.jpeg"),
+    }
+    assert images.skipped == broken
+    said = capfd.readouterr().err
+    for path in broken:
+        assert said.count(f"skipped {path}: it cannot be read as an image") == 1
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no folder .*absent"):
+        load_images(tmp_path / "absent", 3)
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no folder .*val\. It takes the layout of ImageNet"):
+        load_images(tmp_path, 3)
+    (tmp_path / "val" / "dog").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"val has classes that train lacks: \['dog'\]"):
+        load_images(tmp_path, 3)
+    (tmp_path / "val" / "dog").rmdir()
+    with pytest.raises(ValueError, match=r"no images in the folders of .*train"):
+        load_images(tmp_path, 3)
+    with pytest.raises(ValueError, match="the digits are 8 x 8 in gray"):
+        load_images(None, 3)
+
+
+def picture(width=40, height=30):
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([255 * x / width, 255 * y / height, 127 + 0 * x], -1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def test_center_crop_keeps_the_middle():
+    pixels = np.asarray(augmentation.center_crop(picture(), 16), float)
+    # Seven eighths of 30 is 26.25: columns 6.9 to 33.1 and rows 1.9 to 28.1.
+    np.testing.assert_allclose(pixels[8, [0, -1], 0], 255 * np.array([7.2, 31.8]) / 40, atol=4)
+    np.testing.assert_allclose(pixels[[0, -1], 8, 1], 255 * np.array([2.2, 26.8]) / 30, atol=4)
+
+
+def test_random_crops_are_parts_of_the_image_and_half_are_flipped():
+    rng = np.random.default_rng(0)
+    crops = [np.asarray(augmentation.random_crop(picture(), 8, rng), float) for _ in range(400)]
+    slopes = np.array([crop[4, -1, 0] - crop[4, 0, 0] for crop in crops])
+    assert 0.4 < np.mean(slopes > 0) < 0.6
+    heights = np.array([crop[-1, 4, 1] - crop[0, 4, 1] for crop in crops])
+    assert (heights > 0).all()
+    # The part is w x h of 40 x 30, seen at 7/8 of its sides.
+    areas = np.abs(slopes) * heights / (255 * 7 / 8) ** 2
+    assert 0.06 < areas.min() < 0.12
+    assert areas.max() < 1.05
+    ratios = (np.abs(slopes) * 40) / (heights * 30)
+    assert 0.7 < ratios.min() < 0.85
+    assert 1.2 < ratios.max() < 1.42
+
+
+@pytest.mark.parametrize("operation", augmentation.OPERATIONS)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_each_operation_changes_the_image_and_keeps_its_size(operation, mode):
+    noise = Image.effect_noise((40, 30), 40).convert(mode)
+    image = Image.blend(picture().convert(mode), noise, 0.5)
+    for sign in (-1, 1):
+        changed = operation(image, 0.9, sign)
+        assert (changed.size, changed.mode) == (image.size, mode)
+        color_of_gray = mode == "L" and operation is augmentation.OPERATIONS[7]
+        assert (changed.tobytes() == image.tobytes()) == color_of_gray
+
+
+def test_rand_augment_applies_two_operations_half_of_the_time(monkeypatch):
+    applied = []
+    monkeypatch.setattr(
+        augmentation,
+        "OPERATIONS",
+        [lambda i, s, sign, n=n: applied.append((n, s, sign)) or i for n in range(5)],
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        augmentation.rand_augment(picture(), 9, 0.5, rng)
+    numbers, strengths, signs = map(np.array, zip(*applied, strict=True))
+    assert 900 < len(applied) < 1100
+    assert min(np.bincount(numbers)) > 150
+    np.testing.assert_allclose([strengths.mean(), strengths.std()], [0.9, 0.05], atol=0.01)
+    assert strengths.max() <= 1
+    assert abs(signs.mean()) < 0.1
+
+
+def test_random_erasing_puts_noise_into_one_rectangle():
+    rng = np.random.default_rng(0)
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    shares = []
+    for _ in range(300):
+        erased = augmentation.random_erasing(pixels, 0.25, rng).any(-1)
+        if erased.any():
+            rows, columns = np.flatnonzero(erased.any(1)), np.flatnonzero(erased.any(0))
+            inside = erased[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            assert inside.mean() > 0.9
+            shares.append(inside.size / 1600)
+    assert 45 < len(shares) < 105
+    assert min(shares) > 0.01
+    assert max(shares) < 0.36
+    assert not pixels.any()
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0), (0, 1.0), (0.8, 1.0)])
+def test_mixing_shares_pixels_and_targets_alike(mixup, cutmix):
+    rng = np.random.default_rng(0)
+    images = np.zeros((4, 16, 16, 1), np.uint8)
+    images[:2] = 200
+    targets = np.float32([[1, 0], [1, 0], [0, 1], [0, 1]])
+    kinds = set()
+    for _ in range(40):
+        mixed, soft = augmentation.mix(images, targets, mixup, cutmix, rng)
+        np.testing.assert_allclose(mixed.mean((1, 2, 3)) / 200, soft[:, 0], atol=3e-3)
+        np.testing.assert_allclose(soft.sum(1), 1, rtol=1e-6)
+        kinds.add(set(np.unique(mixed)) <= {0, 200})
+    assert kinds >= ({False} if not cutmix else {True} if not mixup else {True, False})
+    np.testing.assert_array_equal(augmentation.mix(images, targets, 0, 0, rng)[0], images)
