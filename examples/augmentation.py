@@ -84,7 +84,7 @@ OPERATIONS: list[Operation] = [
     lambda image, strength, sign: ImageOps.autocontrast(image),
     lambda image, strength, sign: ImageOps.equalize(image),
     lambda image, strength, sign: ImageOps.invert(image),
-    lambda image, strength, sign: ImageOps.posterize(image, 4 - int(4 * strength)),
+    lambda image, strength, sign: ImageOps.posterize(image, max(1, 4 - int(4 * strength))),
     lambda image, strength, sign: ImageOps.solarize(image, 256 - int(256 * strength)),
     _solarize_add,
     _rotate,

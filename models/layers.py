@@ -31,6 +31,15 @@ def scan(blocks: nnx.Module, x: jax.Array, *per_block: jax.Array, remat: bool = 
     return through(x, blocks, per_block)
 
 
+def check_images(images: jax.Array, image_size: int, num_channels: int) -> None:
+    """Raises ValueError where images are not (batch, image_size, image_size, num_channels)."""
+    if images.shape[1:] != (image_size, image_size, num_channels):
+        raise ValueError(
+            f"images has the shape {images.shape}, not (batch, {image_size}, {image_size}, "
+            f"{num_channels})."
+        )
+
+
 def linear(
     in_features: int | tuple[int, ...],
     out_features: int | tuple[int, ...],

@@ -90,11 +90,7 @@ class Swin(nnx.Module):
 
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
         c = self.config
-        if images_BxHxWxC.shape[1:] != (c.image_size, c.image_size, c.num_channels):
-            raise ValueError(
-                f"images has the shape {images_BxHxWxC.shape}, not (batch, {c.image_size}, "
-                f"{c.image_size}, {c.num_channels})."
-            )
+        layers.check_images(images_BxHxWxC, c.image_size, c.num_channels)
         x_BxRxCxD = self.patch_norm(self.patch_embedding(images_BxHxWxC))
         for stage in self.stages:
             x_BxRxCxD = stage(x_BxRxCxD)

@@ -98,11 +98,7 @@ class ViT(nnx.Module):
 
     def __call__(self, images_BxHxWxC: jax.Array) -> jax.Array:
         c = self.config
-        if images_BxHxWxC.shape[1:] != (c.image_size, c.image_size, c.num_channels):
-            raise ValueError(
-                f"images has the shape {images_BxHxWxC.shape}, not (batch, {c.image_size}, "
-                f"{c.image_size}, {c.num_channels})."
-            )
+        layers.check_images(images_BxHxWxC, c.image_size, c.num_channels)
         x_BxRxCxD = self.patch_embedding(images_BxHxWxC)
         x_BxTxD = x_BxRxCxD.reshape(len(x_BxRxCxD), -1, c.width)
         if c.pool == "class":

@@ -140,6 +140,8 @@ def test_each_operation_changes_the_image_and_keeps_its_size(operation, mode):
     for sign in (-1, 1):
         changed = operation(image, 0.9, sign)
         assert (changed.size, changed.mode) == (image.size, mode)
+        for strength in (0.0, 1.0):
+            assert operation(image, strength, sign).size == image.size
         color_of_gray = mode == "L" and operation is augmentation.OPERATIONS[7]
         assert (changed.tobytes() == image.tobytes()) == color_of_gray
 
