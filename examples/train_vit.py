@@ -39,7 +39,7 @@ def main(flags: Flags, images: Images) -> None:
     )
     program.train_each(flags, lambda name: vision.train(name, flags, images, flags.out))
     if images.skipped:
-        print(f"{len(images.skipped):,} files cannot be read as images, and were skipped.")
+        print(f"Files that cannot be read as images, and were skipped: {len(images.skipped):,}.")
     results.report(flags, judged_by="val_accuracy")
 
 

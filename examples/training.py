@@ -77,7 +77,11 @@ def train(
         model = nnx.merge(graph, state["params"], state["rest"])
         return task.observe(model, state["opt_state"])
 
-    with Recorder(folder, name) as recorder, _stop_signal() as stopped:
+    with (
+        contextlib.closing(task.batches),
+        Recorder(folder, name) as recorder,
+        _stop_signal() as stopped,
+    ):
         step, state = recorder.restore(state, task.batches)
         bar = tqdm(total=plan.steps, initial=step, desc=name, unit="step", dynamic_ncols=True)
         watch = _Stopwatch()

@@ -72,7 +72,7 @@ def test_an_image_folder_trains_and_resumes_to_the_same_numbers(image_folder, tm
     )
     images = run(tmp_path / "whole", *flags)
     assert len(images.skipped) == 2
-    assert "2 files cannot be read as images, and were skipped." in capsys.readouterr().out
+    assert "Files that cannot be read as images, and were skipped: 2." in capsys.readouterr().out
     whole = lines(tmp_path / "whole", "adamw")
     assert [line["step"] for line in whole] == [1, 2, 4, 5]  # 4 epochs of 10 images, by 8
     assert whole[-1]["val_accuracy"] in {i / 5 for i in range(6)}  # of 6 images, one is broken
