@@ -25,10 +25,8 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Imag
     """A square of `size` from a part of the image: 8 % to all of it, 3:4 to 4:3; maybe flipped."""
     width, height = image.size
     for _ in range(10):
-        area, ratio = (
-            rng.uniform(0.08, 1) * width * height,
-            math.exp(rng.uniform(-1, 1) * math.log(4 / 3)),
-        )
+        area = rng.uniform(0.08, 1) * width * height
+        ratio = math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
         w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
@@ -132,11 +130,11 @@ def mix(
         cutmix: The same for CutMix.
         rng: Draws the kind, the share and the place.
     """
-    kinds = [kind for kind, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha]
-    if not kinds:
+    alphas = {kind: a for kind, a in (("mixup", mixup), ("cutmix", cutmix)) if a}
+    if not alphas:
         return images, targets
-    kind = rng.choice(kinds)
-    share = rng.beta(mixup, mixup) if kind == "mixup" else rng.beta(cutmix, cutmix)
+    kind = rng.choice(list(alphas))
+    share = rng.beta(alphas[kind], alphas[kind])
     if kind == "mixup":
         blend = share * images.astype(np.float32) + (1 - share) * images[::-1]
         mixed = blend.round().astype(np.uint8)

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -23,6 +24,13 @@ def random_model(kind, config, seed=0):
 @nnx.jit
 def forward(model, inputs):
     return model(inputs)
+
+
+def lines_traced(kind, config, make_inputs):
+    """The length of the program that a model is."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    jaxpr = jax.make_jaxpr(lambda s: nnx.merge(graph, nnx.as_pure(s))(make_inputs()))(state)
+    return len(str(jaxpr).splitlines())
 
 
 def parameters(module):

@@ -11,6 +11,7 @@ from numpy_layers import (
     block_of,
     forward,
     layer_norm,
+    lines_traced,
     mlp,
     parameters,
     random_model,
@@ -115,13 +116,10 @@ def test_a_sequence_that_is_too_long_is_an_error():
 
 
 def test_blocks_are_traced_once_whatever_the_depth():
-    sizes = []
-    for depth in (2, 20):
-        model = nnx.eval_shape(lambda d=depth: build(dataclasses.replace(TINY, num_layers=d)))
-        graph, state = nnx.split(model)
-        jaxpr = jax.make_jaxpr(lambda s, g=graph: nnx.merge(g, nnx.as_pure(s))(tokens()))(state)
-        sizes.append(len(str(jaxpr).splitlines()))
-    assert sizes[0] == sizes[1]
+    shallow, deep = (
+        lines_traced(GPT, dataclasses.replace(TINY, num_layers=depth), tokens) for depth in (2, 20)
+    )
+    assert shallow == deep > 10
 
 
 def test_every_leaf_is_read_as_the_matrix_of_its_layer():

@@ -13,6 +13,7 @@ from numpy_layers import (
     forward,
     layer_norm,
     linear,
+    lines_traced,
     mlp,
     parameters,
     random_model,
@@ -126,13 +127,10 @@ def test_stochastic_depth_is_random_in_training_and_off_in_evaluation():
 
 
 def test_blocks_are_traced_once_whatever_the_depth():
-    sizes = []
-    for depth in (2, 20):
-        model = nnx.eval_shape(lambda d=depth: build(dataclasses.replace(TINY, num_layers=d)))
-        graph, state = nnx.split(model)
-        jaxpr = jax.make_jaxpr(lambda s, g=graph: nnx.merge(g, nnx.as_pure(s))(images()))(state)
-        sizes.append(len(str(jaxpr).splitlines()))
-    assert sizes[0] == sizes[1]
+    shallow, deep = (
+        lines_traced(ViT, dataclasses.replace(TINY, num_layers=depth), images) for depth in (2, 20)
+    )
+    assert shallow == deep > 10
 
 
 def test_images_of_another_shape_are_an_error():
