@@ -93,6 +93,35 @@ class Attention(nnx.Module):
         )
         return self.out(y_BxTxNxH)
 
+    def weights(self, x_BxTxD: jax.Array) -> jax.Array:
+        """The attention maps, float32 (B, N, T, T), which a call may never form."""
+        q_BxTxNxH, k_BxTxNxH = self.query(x_BxTxD), self.key(x_BxTxD)
+        T, H = q_BxTxNxH.shape[1], q_BxTxNxH.shape[-1]
+        logits_BxNxTxT = jnp.einsum("btnh,bsnh->bnts", q_BxTxNxH, k_BxTxNxH) / H**0.5
+        allowed_TxT = jnp.tril(jnp.ones((T, T), bool)) if self.is_causal else True
+        logits_BxNxTxT = logits_BxNxTxT.astype(jnp.float32)
+        return jax.nn.softmax(logits_BxNxTxT, where=allowed_TxT)
+
+
+class _Mapped(nnx.Module):
+    """A block, or a stack of them, that keeps its attention maps."""
+
+    def __init__(self, block: nnx.Module):
+        self.block = block
+
+    def __call__(self, x_BxTxD: jax.Array, *inputs: Any) -> jax.Array:
+        normed_BxTxD = self.block.attention_norm(x_BxTxD)
+        self.maps = nnx.Intermediate(self.block.attention.weights(normed_BxTxD))
+        return self.block(x_BxTxD, *inputs)
+
+
+def attention_weights(model: nnx.Module, inputs: Any) -> jax.Array:
+    """The attention maps of all blocks of a GPT or a ViT, float32 (blocks, B, N, T, T)."""
+    mapped = nnx.clone(model)
+    mapped.blocks = _Mapped(mapped.blocks)
+    mapped(inputs)
+    return mapped.blocks.maps[...]
+
 
 class MLP(nnx.Module):
     """Two linear layers with an activation between them."""

@@ -1,0 +1,114 @@
+"""How far attention has collapsed, read off its maps."""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+
+from weyl_optax.dynamics._lapack import singular_values
+
+
+class CollapseMode(enum.IntEnum):
+    """What an attention map is: the first bit says low-rank, the second sparse.
+
+    Only the last two are collapses of the entropy. A benign one, near the identity, makes
+    attention a linear layer, and training goes on. A malignant one, in which all queries
+    take the same few keys, goes with a crash.
+    """
+
+    NORMAL = 0
+    LOW_RANK = 1
+    """But not sparse, as the uniform map of a new model."""
+    BENIGN = 2
+    """Sparse, but not low-rank."""
+    MALIGNANT = 3
+    """Sparse and low-rank."""
+
+
+def attention_entropy(weights: jax.Array) -> jax.Array:
+    """Compute the entropy of attention, in nats.
+
+    Args:
+        weights: Attention maps of shape (..., queries, keys), floating, whose rows sum to 1.
+
+    Returns:
+        The mean over the queries, shape (...), in float32 at least: from 0, where each
+        query takes one key, to log(keys), where it takes all alike.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from weyl_optax.dynamics import attention_entropy
+        >>> print(attention_entropy(jnp.eye(8)))
+        0.0
+        >>> print(f"{attention_entropy(jnp.full((8, 8), 1 / 8)):.4f}")
+        2.0794
+
+    References:
+        Zhai et al., `Stabilizing Transformer Training by Preventing Attention Entropy
+        Collapse <https://arxiv.org/abs/2303.06296>`_, 2023
+    """
+    return jax.scipy.special.entr(_floats(weights)).sum(-1).mean(-1)
+
+
+def effective_rank(weights: jax.Array) -> jax.Array:
+    """Compute the exponential of the entropy of the normalized singular values.
+
+    Args:
+        weights: Matrices of shape (..., m, n), floating.
+
+    Returns:
+        Shape (...), in float32 at least: from 1, for a matrix of rank one, to min(m, n),
+        where all singular values are the same. NaN for a matrix of zeros.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from weyl_optax.dynamics import effective_rank
+        >>> print(f"{effective_rank(jnp.eye(8)):.2f} {effective_rank(jnp.ones((8, 8))):.2f}")
+        8.00 1.00
+
+    References:
+        Roy and Vetterli, `The effective rank: A measure of effective dimensionality
+        <https://ieeexplore.ieee.org/document/7098875>`_, 2007
+    """
+    sigmas = singular_values(_floats(weights))
+    shares = sigmas / sigmas.sum(-1, keepdims=True)
+    return jnp.exp(jax.scipy.special.entr(shares).sum(-1))
+
+
+def collapse_mode(
+    weights: jax.Array,
+    *,
+    sparse_entropy: jax.typing.ArrayLike = 0.25,
+    low_rank: jax.typing.ArrayLike = 0.25,
+) -> jax.Array:
+    """Tell a collapsed attention map, and whether the collapse is malignant.
+
+    Args:
+        weights: Attention maps of shape (..., queries, keys), floating, whose rows sum to 1.
+        sparse_entropy: A map is sparse if its entropy is at most this share of the
+            largest, log(keys).
+        low_rank: A map has low rank if its effective rank is at most this share of the
+            largest, min(queries, keys).
+
+    Returns:
+        Values of :class:`CollapseMode`, shape (...), int32.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from weyl_optax.dynamics import CollapseMode, collapse_mode
+        >>> all_take_one_key = jnp.zeros((8, 8)).at[:, 2].set(1.0)
+        >>> CollapseMode(int(collapse_mode(all_take_one_key))).name
+        'MALIGNANT'
+
+    References:
+        Qi et al., `Taming Transformer Without Using Learning Rate Warmup
+        <https://arxiv.org/abs/2505.21910>`_, 2025
+    """
+    queries, keys = weights.shape[-2:]
+    is_sparse = attention_entropy(weights) <= sparse_entropy * jnp.log(keys)
+    is_low_rank = effective_rank(weights) <= low_rank * min(queries, keys)
+    return is_low_rank + 2 * is_sparse.astype(jnp.int32)
+
+
+def _floats(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,47 @@
+"""How far a step moves what a network computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+
+def relative_representation_change(
+    fn: Callable[[optax.Params, Any], Any],
+    params: optax.Params,
+    updates: optax.Updates,
+    batch: Any,
+) -> jax.Array:
+    r"""Compute how much a step changes the output of a network, relative to its size.
+
+    .. math::
+
+        \frac{\lVert \partial_\theta f(\theta, x) \, \Delta\theta \rVert_2}
+             {\lVert f(\theta, x) \rVert_2}
+
+    To first order in the step, by one :func:`jax.jvp`.
+
+    Args:
+        fn: Takes ``params`` and ``batch``, and gives an array or a tree of arrays.
+        params: Where the step starts.
+        updates: The step, as ``optax.apply_updates`` adds it; a tree like ``params``.
+        batch: Whatever ``fn`` takes.
+
+    Returns:
+        A scalar; the norms are over all entries of the output.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from weyl_optax.dynamics import relative_representation_change
+        >>> dense = lambda w, x: x @ w
+        >>> w, x = jnp.eye(3), jnp.ones((8, 3))
+        >>> print(f"{relative_representation_change(dense, w, -0.1 * w, x):.3f}")
+        0.100
+
+    References:
+        Kosson et al., `Analyzing & Reducing the Need for Learning Rate Warmup in GPT
+        Training <https://arxiv.org/abs/2410.23922>`_, 2024
+    """
+    output, change = jax.jvp(lambda p: fn(p, batch), (params,), (updates,))
+    return optax.tree.norm(change) / optax.tree.norm(output)
