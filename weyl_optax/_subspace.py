@@ -25,6 +25,7 @@ from weyl_optax._matrices import Matrices
 
 BLOCK_SIZE = 8  # vectors kept for each matrix
 COLD_ITERS = 8  # iterations for a matrix that is met for the first time
+EIGH_WORK = 2**14  # operations, as b k^3, of a batch that jaxlib leaves in one thread
 
 Arrays: TypeAlias = dict[str, jax.Array]
 
@@ -262,7 +263,7 @@ def _rayleigh_ritz(gram_r: jax.Array, gram_z: jax.Array) -> tuple[jax.Array, jax
         block is `Z turn + V keep`.
     """
     k, eps = gram_r.shape[-1], jnp.finfo(gram_r.dtype).eps
-    s2, q = jnp.linalg.eigh(gram_r)  # ascending
+    s2, q = _eigh(gram_r)  # ascending
     heard = s2 > k * eps * s2[..., -1:]
 
     def columns_over_root(x: jax.Array, squares: jax.Array) -> jax.Array:
@@ -270,8 +271,26 @@ def _rayleigh_ritz(gram_r: jax.Array, gram_z: jax.Array) -> tuple[jax.Array, jax
         return x * jnp.where(heard, lax.rsqrt(jnp.where(heard, squares, 1)), 0)[..., None, :]
 
     y = columns_over_root(q, s2)
-    t2, p = jnp.linalg.eigh(jnp.swapaxes(jnp.conj(y), -1, -2) @ gram_z @ y)
+    t2, p = _eigh(jnp.swapaxes(jnp.conj(y), -1, -2) @ gram_z @ y)
     t2 = jnp.maximum(t2, eps * t2[..., -1:])
     turn = columns_over_root(y @ p, t2)
     keep = jnp.where(heard[..., None, :], 0, q)
     return jnp.sqrt(t2[..., -1]), turn, keep
+
+
+def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and vectors of Hermitian matrices (b, k, k).
+
+    On a CPU, jaxlib spreads a batch that is worth it over XLA's threads, and waits for them in
+    one of these threads: with few of them, two batches in one program (the bounds of two
+    groups of an `optax.partition`, say) can wait for each other forever. So they go in parts
+    that are too small for that.
+    """
+
+    def in_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        size = EIGH_WORK // x.shape[-1] ** 3
+        parts = [jnp.linalg.eigh(x[i : i + size]) for i in range(0, len(x), size)]
+        values, vectors = zip(*parts, strict=True)
+        return jnp.concatenate(values), jnp.concatenate(vectors)
+
+    return lax.platform_dependent(x, cpu=in_parts, default=lambda x: tuple(jnp.linalg.eigh(x)))

@@ -1,3 +1,4 @@
+import re
 import string
 
 import hypothesis.strategies as st
@@ -114,3 +115,15 @@ def _flat(jaxpr):
             yield eqn
         else:
             yield from _flat(inner.jaxpr)
+
+
+def test_many_matrices_go_through_lapack_in_small_parts():
+    # A batch of 79 or more would be spread over threads, and could wait for another one.
+    x = np.random.default_rng(0).normal(size=(150, 9, 8)).astype(np.float32)
+    found = jax.jit(spectral_norm).lower(x)
+    batches = re.findall(r"lapack_ssyevd_ffi.*?\(tensor<(\d+)x8x8xf32>\)", found.as_text())
+    assert batches
+    assert max(map(int, batches)) <= 32
+    np.testing.assert_allclose(
+        found.compile()(x), np.linalg.norm(np.float64(x), 2, axis=(1, 2)), rtol=1e-5
+    )
