@@ -1,6 +1,7 @@
 """A GPT on text: its flags, its data, and how it is trained."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +86,8 @@ def prepare(flags: Any) -> Corpus:
     corpus = load_corpus(flags.data)
     for tokens in (corpus.train, corpus.validation):
         Windows(tokens, flags.sequence_length)
-    program.begin(flags, flags.steps)
+    flags.check_warmup(flags.steps)
+    program.begin(flags)
     return corpus
 
 
@@ -101,7 +103,13 @@ def make_model(config: Config, corpus: Corpus) -> GPT:
     return GPT(size, rngs=nnx.Rngs(config.seed))
 
 
-def train(name: str, config: Config, corpus: Corpus, folder: Path) -> GPT:
+def train(
+    name: str,
+    config: Config,
+    corpus: Corpus,
+    folder: Path,
+    snapshot: Callable[[GPT], dict[str, jax.Array]] | None = None,
+) -> GPT:
     """Trains a GPT with the optimizer of that name; see `training.train`."""
     task = training.Task(
         model=make_model(config, corpus),
@@ -118,6 +126,7 @@ def train(name: str, config: Config, corpus: Corpus, folder: Path) -> GPT:
             "count": jnp.ones([]),
         },
         observe=program.observe(name, lambda model: [model.blocks]),
+        snapshot=snapshot,
     )
     return program.train(name, config, config.steps, task, folder)
 

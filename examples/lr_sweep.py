@@ -40,7 +40,8 @@ def main(flags: Flags, corpus: Corpus) -> None:
         for name, by_rate in runs.items()
     }
     print(table(losses))
-    print(f"\nPicture: {plots.learning_rate_sweep(losses, flags.out / 'lr_sweep.png')}")
+    picture = plots.save(plots.learning_rate_sweep(losses), flags.out / "lr_sweep.png")
+    print(f"\nPicture: {picture}")
 
 
 def table(losses: dict[str, dict[float, float | None]]) -> str:

@@ -1,10 +1,12 @@
 """The pictures of the examples."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from examples.optimizers import LABELS
@@ -33,48 +35,68 @@ KINDS = {
 Lines = list[dict[str, Any]]
 
 
-def _curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
+def curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a metric, NaN where it was not finite."""
     found = [(line["step"], line[key]) for line in lines if key in line]
     return np.array([s for s, _ in found]), np.array([v for _, v in found], float)
 
 
-def _axes(columns: int, sharey: bool = True) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.6 * columns if columns > 1 else 7, 4.2), layout="constrained")
-    axes = figure.subplots(1, columns, sharey=sharey)
-    for ax in np.atleast_1d(axes):
+def grid(
+    rows: int, columns: int, size: tuple[float, float], **share: bool
+) -> tuple[Figure, np.ndarray]:
+    """A figure, and its panels (rows, columns), whose horizontal axes are steps."""
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **share)
+    for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
+    for ax in axes[-1]:
         ax.set_xlabel("step")
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _axes(columns: int, sharey: bool = True) -> tuple[Figure, Any]:
+    figure, axes = grid(1, columns, (4.6 * columns if columns > 1 else 7, 4.2), sharey=sharey)
+    return figure, axes[0] if columns > 1 else axes[0, 0]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a picture, and gives its path."""
     figure.savefig(path, dpi=150)
     return path
 
 
-def loss(runs: dict[str, Lines], path: Path) -> Path:
-    """Training and validation loss of every run, and beside them the validation accuracy."""
+def loss(runs: dict[str, Lines], target_entropy: float | None = None) -> Figure:
+    """Training and validation loss of every run, and beside them the validation accuracy.
+
+    A line shows the entropy of the targets' frequencies, if it is given.
+    """
     has_accuracy = any("val_accuracy" in line for lines in runs.values() for line in lines)
     figure, axes = _axes(2 if has_accuracy else 1, sharey=False)
     ax, *beside = np.atleast_1d(axes)
     for name, lines in runs.items():
-        ax.plot(*_curve(lines, "loss"), color=COLORS[name], alpha=0.8, label=LABELS[name])
-        ax.plot(*_curve(lines, "val_loss"), "o", color=COLORS[name], markersize=5)
+        ax.plot(*curve(lines, "loss"), color=COLORS[name], alpha=0.8, label=LABELS[name])
+        ax.plot(*curve(lines, "val_loss"), "o", color=COLORS[name], markersize=5)
         for right in beside:
-            right.plot(*_curve(lines, "val_accuracy"), "o-", color=COLORS[name], label=LABELS[name])
+            right.plot(*curve(lines, "val_accuracy"), "o-", color=COLORS[name], label=LABELS[name])
             right.set_ylabel("validation accuracy")
+    if target_entropy is not None:
+        ax.axhline(
+            target_entropy,
+            color=rcParams["text.color"],
+            linestyle=":",
+            label="entropy of the targets",
+        )
     ax.set_ylabel("cross entropy in nats (dots: validation)")
     ax.legend(frameon=False)
-    return _save(figure, path)
+    return figure
 
 
-def qk_sigma(runs: dict[str, Lines], path: Path) -> Path:
+def qk_sigma(runs: dict[str, Lines]) -> Figure:
     """The spectral norm of W_q W_k^T in every block, a panel for each run."""
     figure, axes = _axes(len(runs))
     for ax, (name, lines) in zip(np.atleast_1d(axes), runs.items(), strict=True):
-        steps, sigmas = _curve(lines, "qk_sigma")
+        steps, sigmas = curve(lines, "qk_sigma")
         for block, sigma in enumerate(sigmas.T):
             shade = 0.25 + 0.75 * (block + 1) / sigmas.shape[1]
             label = f"block {block}" if block in (0, sigmas.shape[1] - 1) else None
@@ -83,17 +105,17 @@ def qk_sigma(runs: dict[str, Lines], path: Path) -> Path:
         ax.set_title(LABELS[name])
         ax.legend(frameon=False)
     np.atleast_1d(axes)[0].set_ylabel(r"$\sigma_1(W_q W_k^\top)$")
-    return _save(figure, path)
+    return figure
 
 
-def learning_rates(lines: Lines, path: Path) -> Path:
+def learning_rates(lines: Lines) -> Figure:
     """The actual learning rate of every kind of weight in three blocks of an AdamW² run."""
-    steps, rate = _curve(lines, "learning_rate")
+    steps, rate = curve(lines, "learning_rate")
     last = f"/{next(iter(KINDS))}/kernel/scale"
     stacks = [key.removesuffix(last) for key in lines[0] if key.endswith(last)]
     scales = {  # by kind: (step, block), through all stacks
         kind: np.concatenate(
-            [_curve(lines, f"{stack}/{kind}/kernel/scale")[1] for stack in stacks], axis=1
+            [curve(lines, f"{stack}/{kind}/kernel/scale")[1] for stack in stacks], axis=1
         )
         for kind in KINDS
     }
@@ -102,15 +124,15 @@ def learning_rates(lines: Lines, path: Path) -> Path:
     for ax, block in zip(axes, (0, depth // 2, depth - 1), strict=True):
         for (kind, label), color in zip(KINDS.items(), COLORS.values(), strict=False):
             ax.plot(steps, rate * scales[kind][:, block], color=color, label=label)
-        ax.plot(steps, rate, "--", color="black", label="schedule")
+        ax.plot(steps, rate, "--", color=rcParams["text.color"], label="schedule")
         ax.set_yscale("log")
         ax.set_title(f"block {block}")
     axes[0].set_ylabel("actual learning rate")
     axes[-1].legend(frameon=False, ncols=2)
-    return _save(figure, path)
+    return figure
 
 
-def learning_rate_sweep(losses: dict[str, dict[float, float | None]], path: Path) -> Path:
+def learning_rate_sweep(losses: dict[str, dict[float, float | None]]) -> Figure:
     """Validation loss over peak learning rate, a line per optimizer."""
     figure, ax = _axes(1)
     for name, by_rate in losses.items():
@@ -121,4 +143,16 @@ def learning_rate_sweep(losses: dict[str, dict[float, float | None]], path: Path
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("validation loss in nats per token")
     ax.legend(frameon=False, fontsize="small")
-    return _save(figure, path)
+    return figure
+
+
+def tau_ablation(runs: dict[str, dict[float, Lines]]) -> Figure:
+    """Training loss of AdamW², a panel for each model and a line for each tau."""
+    figure, axes = _axes(len(runs), sharey=False)
+    for ax, (model, by_tau) in zip(np.atleast_1d(axes), runs.items(), strict=True):
+        for (tau, lines), color in zip(by_tau.items(), cycle(COLORS.values()), strict=False):
+            ax.plot(*curve(lines, "loss"), color=color, label=rf"$\tau$ = {tau:g}")
+        ax.set_title({"gpt": "GPT", "swin": "Swin"}[model])
+        ax.set_ylabel("training loss in nats")
+        ax.legend(frameon=False)
+    return figure

@@ -51,6 +51,8 @@ class Config:
     """Updates between validations."""
     save_every: int = 1000
     """Updates between checkpoints; the end and Ctrl-C save too."""
+    watch: int = 0
+    """Updates between measurements of the paper's 15 terms in every block, 0 for none."""
 
     def __post_init__(self) -> None:
         if self.accumulate < 1 or self.batch < 1 or self.batch % self.accumulate:
@@ -58,7 +60,7 @@ class Config:
                 f"--accumulate {self.accumulate} does not divide --batch {self.batch}."
             )
         self.check_at_least(1, "steps", "log_every", "validate_every", "save_every")
-        self.check_at_least(0, "learning_rate", "tau", "warmup", "weight_decay", "clip")
+        self.check_at_least(0, "learning_rate", "tau", "warmup", "weight_decay", "clip", "watch")
         self.check_fraction("betas")
 
     def check_at_least(self, least: int, *names: str) -> None:
@@ -69,6 +71,11 @@ class Config:
         """Raises ValueError where a flag is not in [0, 1)."""
         self._check(lambda x: 0 <= x < 1, "it must be 0 or more, and below 1", names)
 
+    def check_warmup(self, steps: int) -> None:
+        """Raises ValueError where the warmup does not end before the run."""
+        if self.warmup >= steps:
+            raise ValueError(f"--warmup {self.warmup}: it must be below the {steps} steps.")
+
     def _check(self, holds: Callable[[float], bool], what: str, names: Sequence[str]) -> None:
         for name in names:
             value = getattr(self, name)
@@ -76,16 +83,21 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: {what}.")
 
 
-Flags = TypeVar("Flags", bound=Config)
+Flags = TypeVar("Flags")
 
 
-def parse(flags: type[Flags], presets: Mapping[str, Config], arguments: list[str] | None) -> Flags:
-    """The flags of a program, with the defaults of the preset that they name."""
-    field = "preset", get_type_hints(flags)["preset"], next(iter(presets))
-    Preset = dataclasses.make_dataclass("Preset", [field])  # noqa: N806
-    known, _ = tyro.cli(Preset, args=arguments, return_unknown_args=True, add_help=False)
-    default = flags(preset=known.preset, **vars(presets[known.preset]))  # type: ignore[call-arg]
-    return tyro.cli(flags, args=arguments, default=default)
+def parse(
+    flags: type[Flags],
+    presets: Mapping[str, Any],
+    arguments: list[str] | None,
+    by: str = "preset",
+) -> Flags:
+    """The flags of a program, with the defaults of the preset that the flag `by` names."""
+    field = by, get_type_hints(flags)[by], next(iter(presets))
+    Named = dataclasses.make_dataclass("Named", [field])  # noqa: N806
+    known, _ = tyro.cli(Named, args=arguments, return_unknown_args=True, add_help=False)
+    name = getattr(known, by)
+    return tyro.cli(flags, args=arguments, default=flags(**{by: name}, **vars(presets[name])))
 
 
 Data = TypeVar("Data")
@@ -107,18 +119,15 @@ def run(
         sys.exit(130)
 
 
-def begin(flags: Any, steps: int) -> None:
+def begin(flags: Any) -> None:
     """Begins or goes on with the folder of a run, and its `config.json`.
 
     Args:
-        flags: A `Config` with `out`, the folder, and `resume`.
-        steps: Updates of a run.
+        flags: A dataclass with `out`, the folder, and `resume`.
 
     Raises:
         ValueError: If it would lose or mix runs.
     """
-    if flags.warmup >= steps:
-        raise ValueError(f"--warmup {flags.warmup}: it must be below the {steps} steps.")
     folder, file = flags.out, flags.out / "config.json"
     config = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("out", "resume")}
     config = json.loads(json.dumps(config, default=str))
@@ -156,6 +165,7 @@ def train(name: str, config: Config, steps: int, task: training.Task, folder: Pa
         log_every=config.log_every,
         validate_every=config.validate_every,
         save_every=config.save_every,
+        watch_every=config.watch,
     )
     return training.train(name, task, optimizer, learning_rate, plan, folder)
 
@@ -181,13 +191,14 @@ def observe(
     """
 
     def metrics(model: Any, opt_state: optax.OptState) -> dict[str, jax.Array]:
-        found = {"qk_sigma": jnp.concatenate([qk_sigma(blocks) for blocks in stacks(model)])}
+        products = [_qk(blocks) for blocks in stacks(model)]
+        found = {"qk_sigma": jnp.concatenate(spectral_norm(products))}
         return found | bound_metrics(opt_state) if name == "adamw2" else found
 
     return metrics
 
 
-def qk_sigma(blocks: Any) -> jax.Array:
-    """Of stacked blocks, (blocks,)."""
+def _qk(blocks: Any) -> jax.Array:
+    """W_q W_k^T of stacked blocks, (blocks, d, d)."""
     query, key = blocks.attention.query.kernel[...], blocks.attention.key.kernel[...]
-    return spectral_norm(jnp.einsum("ldnh,lenh->lde", query, key))
+    return jnp.einsum("ldnh,lenh->lde", query, key)

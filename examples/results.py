@@ -82,11 +82,12 @@ def report(flags: Any, judged_by: str) -> None:
     runs = json.loads((flags.out / "summary.json").read_text())["runs"]
     lines = {name: training.read_metrics(flags.out, name) for name in runs}
     pictures = [
-        plots.loss(lines, flags.out / "loss.png"),
-        plots.qk_sigma(lines, flags.out / "qk_sigma.png"),
+        plots.save(plots.loss(lines), flags.out / "loss.png"),
+        plots.save(plots.qk_sigma(lines), flags.out / "qk_sigma.png"),
     ]
     if "adamw2" in runs:
-        pictures.append(plots.learning_rates(lines["adamw2"], flags.out / "learning_rates.png"))
+        figure = plots.learning_rates(lines["adamw2"])
+        pictures.append(plots.save(figure, flags.out / "learning_rates.png"))
     print(table(runs))
     print(verdict(runs, flags, judged_by))
     print("\nPictures: " + ", ".join(map(str, pictures)))

@@ -21,6 +21,8 @@ from flax import nnx
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from weyl_optax.dynamics import watch
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -32,6 +34,7 @@ class Task:
     validation: Iterable[Any]  # batches
     evaluate: Callable[[nnx.Module, Any], dict[str, jax.Array]]  # sums over a batch, and "count"
     observe: Callable[[nnx.Module, optax.OptState], dict[str, jax.Array]]  # at logged steps
+    snapshot: Callable[[nnx.Module], dict[str, jax.Array]] | None = None  # at watched steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Plan:
     log_every: int
     validate_every: int
     save_every: int
+    watch_every: int = 0  # 0 for never
 
 
 class Stopped(Exception):
@@ -61,7 +65,8 @@ def train(
 
     It starts from the newest checkpoint, if `folder` has one, and writes there:
     `metrics.jsonl`, in which each logged step is a line with this `run`;
-    `checkpoints/<name>`; and `tensorboard/<name>`. A loss that is not finite ends the run.
+    `checkpoints/<name>`; `tensorboard/<name>`; and `snapshots/<name>/<step>.npz`. A loss
+    that is not finite ends the run.
 
     Raises:
         Stopped: After Ctrl-C, with everything saved.
@@ -69,13 +74,23 @@ def train(
     graph, params, rest = nnx.split(task.model, nnx.Param, ...)
     params, rest = nnx.as_pure(params), nnx.as_pure(rest)
     state = {"params": params, "rest": rest, "opt_state": jax.jit(optimizer.init)(params)}
-    update = _make_update(graph, task.loss, optimizer, plan.accumulate)
+    update = make_update(graph, task.loss, optimizer, plan.accumulate)
     validate = _make_validate(graph, task)
+
+    def merge(state: dict[str, Any]) -> nnx.Module:
+        return nnx.merge(graph, state["params"], state["rest"])
 
     @jax.jit
     def observe(state: dict[str, Any]) -> dict[str, jax.Array]:
-        model = nnx.merge(graph, state["params"], state["rest"])
-        return task.observe(model, state["opt_state"])
+        return task.observe(merge(state), state["opt_state"])
+
+    @jax.jit
+    def measure(state: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
+        part = jax.tree.map(lambda x: x[: len(x) // plan.accumulate], batch)
+        terms = watch(merge(state), part, task.loss)
+        return {f"watch/{name}": value for name, value in terms.items()}
+
+    snapshot = jax.jit(lambda state: task.snapshot(merge(state)))
 
     with (
         contextlib.closing(task.batches),
@@ -84,19 +99,27 @@ def train(
     ):
         step, state = recorder.restore(state, task.batches)
         bar = tqdm(total=plan.steps, initial=step, desc=name, unit="step", dynamic_ncols=True)
-        watch = _Stopwatch()
+        stopwatch = _Stopwatch()
         while step < plan.steps and not recorder.diverged:
-            state, loss = update(state, next(task.batches))
+            batch = next(task.batches)
             step += 1
-            bar.update()
             last = step == plan.steps
-            if step % plan.log_every == 0 or step == 1 or last:
+            terms = {}
+            # Of the weights from which the step starts, as its loss.
+            if plan.watch_every and (step % plan.watch_every == 0 or step == 1 or last):
+                terms = jax.device_get(measure(state, batch))
+                if task.snapshot:
+                    recorder.save_snapshot(step, snapshot(state))
+            state, loss = update(state, batch)
+            bar.update()
+            if step % plan.log_every == 0 or step == 1 or last or terms:
                 loss = float(loss)
                 metrics = {
                     "loss": loss,
                     "learning_rate": float(learning_rate(step - 1)),
-                    **watch.rate(step),
+                    **stopwatch.rate(step),
                     **observe(state),
+                    **terms,
                 }
                 bar.set_postfix(loss=f"{loss:.3f}")
                 if not math.isfinite(loss):
@@ -104,18 +127,18 @@ def train(
                 elif step % plan.validate_every == 0 or last:
                     metrics |= validate(state)
                 recorder.write(step, metrics)
-                watch.restart(step)
+                stopwatch.restart(step)
             if step % plan.save_every == 0 or last or recorder.diverged or stopped():
                 recorder.save(step, state, task.batches)
-                watch.restart(step)
+                stopwatch.restart(step)
             if stopped() and not last:
                 bar.close()
                 raise Stopped(f"{name} is saved at step {step}")
         bar.close()
-    return nnx.merge(graph, state["params"], state["rest"])
+    return merge(state)
 
 
-def _make_update(
+def make_update(
     graph: nnx.GraphDef, loss: Callable, optimizer: optax.GradientTransformation, accumulate: int
 ) -> Callable[[dict[str, Any], Any], tuple[dict[str, Any], jax.Array]]:
     """One step of the optimizer on a batch, gone through in `accumulate` parts."""
@@ -168,6 +191,7 @@ class Recorder:
 
     def __init__(self, folder: Path, name: str):
         self._file = folder / "metrics.jsonl"
+        self._snapshots = folder / "snapshots" / name
         self._name = name
         self._checkpoints = ocp.CheckpointManager(
             (folder / "checkpoints" / name).absolute(),
@@ -212,6 +236,10 @@ class Recorder:
                 state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(batches.get_state())
             ),
         )
+
+    def save_snapshot(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        self._snapshots.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(self._snapshots / f"{step}.npz", **jax.device_get(arrays))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds a line, with null for what is not finite."""

@@ -1,6 +1,7 @@
 """A ViT or a Swin on images: its flags, its data, and how it is trained."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,7 +136,8 @@ def prepare(flags: Any) -> Images:
         ValueError: If the data do not fit the flags, or if it would lose or mix runs.
     """
     images = load_images(flags.data, SIZES[flags.model].num_channels)
-    program.begin(flags, num_steps(flags, images))
+    flags.check_warmup(num_steps(flags, images))
+    program.begin(flags)
     return images
 
 
@@ -157,14 +159,24 @@ def make_model(config: Config, images: Images) -> ViT | Swin:
     return (ViT if isinstance(size, models.vit.Config) else Swin)(size, rngs=nnx.Rngs(config.seed))
 
 
-def train(name: str, config: Config, images: Images, folder: Path) -> ViT | Swin:
+def normalize(images: Images, pixels: jax.Array) -> jax.Array:
+    """Pixels, 0 to 255, as a model takes them."""
+    return (pixels / 255 - np.array(images.mean)) / np.array(images.std)
+
+
+def train(
+    name: str,
+    config: Config,
+    images: Images,
+    folder: Path,
+    snapshot: Callable[[ViT | Swin], dict[str, jax.Array]] | None = None,
+) -> ViT | Swin:
     """Trains a classifier with the optimizer of that name; see `training.train`."""
     model = make_model(config, images)
     size = model.config.image_size
-    mean, std = np.array(images.mean), np.array(images.std)
 
     def logits(model: ViT | Swin, pixels: jax.Array) -> jax.Array:
-        return model((pixels / 255 - mean) / std)
+        return model(normalize(images, pixels))
 
     def loss(model: ViT | Swin, batch: dict[str, jax.Array]) -> jax.Array:
         targets = batch["target"]
@@ -202,6 +214,7 @@ def train(name: str, config: Config, images: Images, folder: Path) -> ViT | Swin
         ),
         evaluate=evaluate,
         observe=program.observe(name, _stacks),
+        snapshot=snapshot,
     )
     return program.train(name, config, num_steps(config, images), task, folder)
 

@@ -21,8 +21,8 @@ from tests import numpy_layers
 from weyl_optax.dynamics import watch
 
 TERMS = {
-    *("W_q", "W_k", "W_v", "W_o", "W_1", "W_2", "W_q^T W_k", "W_o W_v", "W_2 W_1"),
-    *("gamma_1", "beta_1", "gamma_2", "beta_2", "x", "dL/dx"),
+    *("W_q", "W_k", "W_v", "W_o", "W_1", "W_2", "W_qW_k", "W_oW_v", "W_2W_1"),
+    *("gamma_1", "beta_1", "gamma_2", "beta_2", "x", "grad_x"),
 }
 SMALL_GPT = models.gpt.Config(
     vocab_size=11, context_length=8, num_layers=2, num_heads=2, width=12, remat=True
@@ -57,9 +57,9 @@ def test_terms_of_the_weights(gpt):
             "W_o": out,
             "W_1": up,
             "W_2": down,
-            "W_q^T W_k": query @ key.T,
-            "W_o W_v": value @ out,
-            "W_2 W_1": up @ down,
+            "W_qW_k": query @ key.T,
+            "W_oW_v": value @ out,
+            "W_2W_1": up @ down,
         }
         for term, matrix in matrices.items():
             np.testing.assert_allclose(
@@ -92,7 +92,7 @@ def test_norms_at_the_inputs_are_those_of_a_model_unrolled_by_hand(gpt):
         gradient = jax.grad(loss_from, argnums=1)(block, x)
         np.testing.assert_allclose(found[f"blocks/{block}/x"], np.linalg.norm(x), rtol=1e-5)
         np.testing.assert_allclose(
-            found[f"blocks/{block}/dL/dx"], np.linalg.norm(gradient), rtol=1e-4
+            found[f"blocks/{block}/grad_x"], np.linalg.norm(gradient), rtol=1e-4
         )
         x = blocks[block](x)
 

@@ -79,7 +79,7 @@ def collapse_mode(
     weights: jax.Array,
     *,
     sparse_entropy: jax.typing.ArrayLike = 0.25,
-    low_rank: jax.typing.ArrayLike = 0.25,
+    low_rank: jax.typing.ArrayLike = 0.2,
 ) -> jax.Array:
     """Tell a collapsed attention map, and whether the collapse is malignant.
 

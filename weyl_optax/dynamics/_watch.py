@@ -18,8 +18,8 @@ Path: TypeAlias = tuple[str | int, ...]
 TERMS = (
     *("W_q", "W_k", "W_v", "W_o", "W_1", "W_2"),
     *("gamma_1", "beta_1", "gamma_2", "beta_2"),
-    *("W_q^T W_k", "W_o W_v", "W_2 W_1"),
-    *("x", "dL/dx"),
+    *("W_qW_k", "W_oW_v", "W_2W_1"),
+    *("x", "grad_x"),
 )
 
 
@@ -28,17 +28,17 @@ def watch(
 ) -> dict[str, jax.Array]:
     r"""Measure the 15 terms that the paper watches, in every block of a model.
 
-    ===========================================  ==================================
-    key                                          value
-    ===========================================  ==================================
-    ``W_q``, ``W_k``, ``W_v``, ``W_o``           spectral norms, over all heads
-    ``W_1``, ``W_2``                             spectral norms, of the perceptron
-    ``W_q^T W_k``, ``W_o W_v``, ``W_2 W_1``      spectral norms of the products
-    ``gamma_1``, ``beta_1``                      2-norms, of the norm of attention
-    ``gamma_2``, ``beta_2``                      2-norms, of the norm of the MLP
-    ``x``                                        2-norm of the input of the block
-    ``dL/dx``                                    2-norm of the gradient there
-    ===========================================  ==================================
+    ==================================  =============================================
+    key                                 value
+    ==================================  =============================================
+    ``W_q``, ``W_k``, ``W_v``, ``W_o``  spectral norms, over all heads
+    ``W_1``, ``W_2``                    spectral norms, of the perceptron
+    ``W_qW_k``, ``W_oW_v``, ``W_2W_1``  spectral norms of W_q^T W_k, W_o W_v, W_2 W_1
+    ``gamma_1``, ``beta_1``             2-norms, of the norm of attention
+    ``gamma_2``, ``beta_2``             2-norms, of the norm of the perceptron
+    ``x``                               2-norm of the input of the block
+    ``grad_x``                          2-norm of dL/dx, the gradient there
+    ==================================  =============================================
 
     The last two are over all entries of the batch. A norm without a bias has no beta: with
     RMSNorm, or without biases, the terms are 13.
@@ -81,7 +81,7 @@ def _watch(graph: nnx.GraphDef, state: Any, batch: Any, loss: Callable) -> dict[
     inputs = _norms_at_inputs(model, stacks, batch, loss)
     for name, path in names.items():
         terms[name] |= _vector_norms(stacks[path])
-        terms[name] |= {"x": inputs[path][..., 0], "dL/dx": inputs[path][..., 1]}
+        terms[name] |= {"x": inputs[path][..., 0], "grad_x": inputs[path][..., 1]}
     return {
         "/".join(map(str, (name, *place, term))): terms[name][term][place]
         for name, path in names.items()
@@ -121,9 +121,9 @@ def _matrices(block: Any) -> dict[str, jax.Array]:
         "W_o": out,
         "W_1": up,
         "W_2": down,
-        "W_q^T W_k": product_core(query, jnp.swapaxes(key, -1, -2)),
-        "W_o W_v": product_core(value, out),
-        "W_2 W_1": product_core(up, down),
+        "W_qW_k": product_core(query, jnp.swapaxes(key, -1, -2)),
+        "W_oW_v": product_core(value, out),
+        "W_2W_1": product_core(up, down),
     }
 
 
