@@ -1,0 +1,24 @@
+"""The ablation of tau, on a small scale."""
+
+import json
+
+import pytest
+
+from examples import program, tau_ablation
+
+
+def test_table_and_picture(tmp_path, capsys):
+    flags = tau_ablation.Flags(models=("gpt",), taus=(0.01,), steps=2, out=tmp_path / "out")
+    tau_ablation.main(flags, tau_ablation.prepare(flags))
+    runs = json.loads((flags.out / "summary.json").read_text())["runs"]
+    table = capsys.readouterr().out
+    assert "tau 0.01" in table
+    assert f"{runs['gpt']['0.01']['val_loss']:.3f}" in table
+    assert (flags.out / "tau_ablation.png").stat().st_size > 10_000
+
+
+def test_a_bad_tau_says_what_to_write(tmp_path):
+    flags = tau_ablation.Flags(taus=(0.01, -1.0), out=tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"--tau -1\.0: it must be at least 0"):
+        program.run(lambda: flags, tau_ablation.prepare, tau_ablation.main)
+    assert not flags.out.exists()
