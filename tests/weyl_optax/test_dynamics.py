@@ -21,11 +21,15 @@ from weyl_optax.dynamics import (
     spectral_energy_concentration,
 )
 
-RNG = np.random.default_rng(0)
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
 
 
-def normal(*shape):
-    return RNG.normal(size=shape).astype(np.float32)
+@pytest.fixture
+def normal(rng):
+    return lambda *shape: rng.normal(size=shape).astype(np.float32)
 
 
 def qk_sigmas(query, key):
@@ -39,15 +43,15 @@ def softmax(p):
     return weights / weights.sum(-1, keepdims=True)
 
 
-def with_sigmas(sigmas, d):
+def with_sigmas(rng, sigmas, d):
     """A d x d matrix with these singular values, and any vectors."""
-    left, _ = np.linalg.qr(RNG.normal(size=(d, len(sigmas))))
-    right, _ = np.linalg.qr(RNG.normal(size=(d, len(sigmas))))
+    left, _ = np.linalg.qr(rng.normal(size=(d, len(sigmas))))
+    right, _ = np.linalg.qr(rng.normal(size=(d, len(sigmas))))
     return left * sigmas @ right.T
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e18])
-def test_concentration_and_norm_of_qk_are_those_of_the_full_product(scale):
+def test_concentration_and_norm_of_qk_are_those_of_the_full_product(scale, normal):
     # Heads of a broad and of a steep spectrum, in a stack of three layers.
     steep = np.geomspace(1, 1e-4, 8)
     query, key = scale * normal(3, 24, 2, 8), scale * normal(3, 24, 2, 8)
@@ -74,21 +78,21 @@ def test_concentration_survives_kernels_whose_large_directions_do_not_meet():
     np.testing.assert_allclose(qk_spectral_norm(query, key), [1e-4], rtol=1e-6)
 
 
-def test_concentration_of_a_product_that_is_zero_is_nan_and_its_norm_zero():
+def test_concentration_of_a_product_that_is_zero_is_nan_and_its_norm_zero(normal):
     query, key = np.zeros((4, 1, 2), np.float32), normal(4, 1, 2)
     assert np.isnan(spectral_energy_concentration(query, key, 1)).all()
     assert qk_spectral_norm(query, key) == 0
 
 
 @pytest.mark.parametrize("shapes", [((2, 24, 6), (2, 6, 20)), ((8, 32), (32, 12))])
-def test_norm_of_a_product(shapes):
+def test_norm_of_a_product(shapes, normal):
     first, second = (normal(*shape) for shape in shapes)
     expected = np.linalg.norm(np.float64(first) @ np.float64(second), 2, axis=(-2, -1))
     np.testing.assert_allclose(product_spectral_norm(first, second), expected, rtol=1e-4)
 
 
-def test_entropy_and_effective_rank():
-    weights = softmax(3 * RNG.normal(size=(2, 6, 10)))
+def test_entropy_and_effective_rank(rng):
+    weights = softmax(3 * rng.normal(size=(2, 6, 10)))
     np.testing.assert_allclose(
         attention_entropy(weights), scipy.stats.entropy(weights, axis=-1).mean(-1), rtol=1e-5
     )
@@ -98,13 +102,13 @@ def test_entropy_and_effective_rank():
     )
 
 
-def test_modes_of_the_matrices_of_appendix_p():
+def test_modes_of_the_matrices_of_appendix_p(rng):
     n = 16
     low_rank_only = np.full((n, n), 1 / n)
     sparse_only = np.eye(n)
     both = np.zeros((n, n))
     both[:, 3] = 1
-    normal_map = softmax(2 * RNG.normal(size=(n, n)))
+    normal_map = softmax(2 * rng.normal(size=(n, n)))
     maps = np.stack([low_rank_only, sparse_only, both, normal_map])
     modes = [CollapseMode(int(mode)) for mode in jax.jit(collapse_mode)(maps)]
     assert modes == [
@@ -124,7 +128,7 @@ def test_thresholds_of_modes_are_arguments():
     assert found == list(CollapseMode)
 
 
-def test_relative_representation_change_is_that_of_a_small_step():
+def test_relative_representation_change_is_that_of_a_small_step(normal):
     w, x = {"a": normal(6, 5), "b": normal(5, 4)}, normal(3, 6)
     step = {"a": normal(6, 5), "b": normal(5, 4)}
 
@@ -142,7 +146,7 @@ def test_relative_representation_change_is_that_of_a_small_step():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_proposition_1():
+def test_proposition_1(normal):
     x, query, key = normal(4, 3), normal(2, 4), normal(2, 4)
     qk = query.T @ key
 
@@ -170,26 +174,26 @@ def test_proposition_1():
         np.testing.assert_allclose(jacobian(direction), change, atol=1e-5)
 
 
-def test_tokens_of_low_rank_give_a_jacobian_of_low_rank():
+def test_tokens_of_low_rank_give_a_jacobian_of_low_rank(normal):
     x = normal(5, 2) @ normal(2, 4)
     assert np.linalg.matrix_rank(jacobian_p_wrt_qk(x).matrix()) == 2**2
 
 
-def test_theorem_2_weyl_for_all_singular_values():
+def test_theorem_2_weyl_for_all_singular_values(rng):
     """sigma_{i+j-1}(A + B) <= sigma_i(A) + sigma_j(B)."""
     for _ in range(50):
-        a, b = RNG.normal(size=(2, 7, 5)) * RNG.lognormal(size=(2, 1, 5))
+        a, b = rng.normal(size=(2, 7, 5)) * rng.lognormal(size=(2, 1, 5))
         sums, of_a, of_b = (np.linalg.svd(m, compute_uv=False) for m in (a + b, a, b))
         for i in range(5):
             for j in range(5 - i):
                 assert sums[i + j] <= of_a[i] + of_b[j] + 1e-12
 
 
-def test_logits_of_a_token_with_itself_and_with_another():
+def test_logits_of_a_token_with_itself_and_with_another(rng):
     """Propositions 3 and 4: E[x^T W x] = tr W, E[x^T W y] = 0, and their variances."""
     d, samples = 6, 400_000
-    w = RNG.normal(size=(d, d)) + np.eye(d)
-    x, y = RNG.normal(size=(2, samples, d))
+    w = rng.normal(size=(d, d)) + np.eye(d)
+    x, y = rng.normal(size=(2, samples, d))
     own, other = np.sum((x @ w) * x, -1), np.sum((x @ w) * y, -1)
     symmetric = (w + w.T) / 2
     own_variance, other_variance = 2 * np.sum(symmetric**2), np.sum(w**2)
@@ -200,16 +204,16 @@ def test_logits_of_a_token_with_itself_and_with_another():
     np.testing.assert_allclose(other.var(), other_variance, rtol=0.03)
 
 
-def test_theorem_1_concentrated_and_large_spectra_give_malignant_maps():
+def test_theorem_1_concentrated_and_large_spectra_give_malignant_maps(rng):
     """And the same energy spread over all directions does not."""
     d, n, d_q = 32, 48, 32
     found = {"concentrated": [], "spread": []}
     for _ in range(10):
-        x = RNG.normal(size=(n, 3)) @ RNG.normal(size=(3, d)) / 3**0.5  # of low rank
-        size = 30 * d**0.5
-        concentrated = with_sigmas(size * np.array([1.0, 0.1]), d)
-        full = RNG.normal(size=(n, d))
-        spread = with_sigmas(np.full(d, size / d), d)
+        x = rng.normal(size=(n, 3)) @ rng.normal(size=(3, d)) / 3**0.5  # of low rank
+        size = 300 * d**0.5
+        concentrated = with_sigmas(rng, size * np.array([1.0, 0.1]), d)
+        full = rng.normal(size=(n, d))
+        spread = with_sigmas(rng, np.full(d, size / d), d)
         found["concentrated"].append(x @ concentrated @ x.T / d_q**0.5)
         found["spread"].append(full @ spread @ full.T / d_q**0.5)
     modes = {name: collapse_mode(softmax(np.stack(p))) for name, p in found.items()}
