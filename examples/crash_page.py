@@ -6,6 +6,7 @@ import io
 import json
 import re
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,8 +86,8 @@ class Sign(NamedTuple):
 def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
     """Which of the paper's signs of a crash the runs show, in numbers."""
 
-    def sign(name: str, of: Any) -> Sign:
-        values, seen = zip(*(of(run) for run in runs.values()), strict=True)
+    def sign(name: str, of: Callable[..., tuple[str, bool]], **arguments: Any) -> Sign:
+        values, seen = zip(*(of(run, **arguments) for run in runs.values()), strict=True)
         return Sign(name, list(values), list(seen))
 
     def loss(run: Run) -> tuple[str, bool]:
@@ -96,14 +97,11 @@ def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
         text = f"{start:.2f} at the start, at most {highest:.2f}, validation {end:.2f} at the end"
         return text, bool(highest > start + 1 or not end < entropy)
 
-    def growth(term: str) -> Any:
-        def of(run: Run) -> tuple[str, bool]:
-            values = run.largest(term)
-            start, most = values[0], np.nanmax(values)
-            text = f"{start:.2g} at the start, at most {most:.2g} ({most / start:,.0f} times)"
-            return text, bool(most > 100 * start)
-
-        return of
+    def growth(run: Run, term: str) -> tuple[str, bool]:
+        values = run.largest(term)
+        start, most = values[0], np.nanmax(values)
+        text = f"{start:.2g} at the start, at most {most:.2g} ({most / start:,.0f} times)"
+        return text, bool(most > 100 * start)
 
     def attention(run: Run) -> tuple[str, bool]:
         means = run.entropy.mean((2, 3))  # over examples and heads
@@ -113,13 +111,10 @@ def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
             lowest < start / 2
         )
 
-    def collapsed(mode: CollapseMode) -> Any:
-        def of(run: Run) -> tuple[str, bool]:
-            shares = (run.mode == mode).mean((1, 2, 3))
-            text = f"{shares[-1]:.0%} of the maps at the end, at most {shares.max():.0%}"
-            return text, bool(shares.max() > 0)
-
-        return of
+    def collapsed(run: Run, mode: CollapseMode) -> tuple[str, bool]:
+        shares = (run.mode == mode).mean((1, 2, 3))
+        text = f"{shares[-1]:.0%} of the maps at the end, at most {shares.max():.0%}"
+        return text, bool(shares.max() > 0)
 
     def concentration(run: Run) -> tuple[str, bool]:
         s = max(1, run.energy.shape[-1] // 8)
@@ -135,12 +130,12 @@ def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
 
     return [
         sign(f"The loss turns up, or ends above the targets' entropy, {entropy:.2f} nats", loss),
-        sign("‖W_qᵀW_k‖₂ grows more than a hundredfold", growth("W_qW_k")),
+        sign("‖W_qᵀW_k‖₂ grows more than a hundredfold", growth, term="W_qW_k"),
         sign("Its energy concentrates: over 90 % in an eighth of the directions", concentration),
         sign("The entropy of attention falls below half", attention),
-        sign("Maps collapse malignantly: sparse, low-rank", collapsed(CollapseMode.MALIGNANT)),
-        sign("Maps collapse benignly: sparse, not low-rank", collapsed(CollapseMode.BENIGN)),
-        sign("‖x‖₂ grows more than a hundredfold", growth("x")),
+        sign("Maps collapse malignantly: sparse, low-rank", collapsed, mode=CollapseMode.MALIGNANT),
+        sign("Maps collapse benignly: sparse, not low-rank", collapsed, mode=CollapseMode.BENIGN),
+        sign("‖x‖₂ grows more than a hundredfold", growth, term="x"),
         sign("‖∂L/∂x‖₂ vanishes: below a hundredth", vanishing),
     ]
 

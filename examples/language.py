@@ -103,15 +103,14 @@ def make_model(config: Config, corpus: Corpus) -> GPT:
     return GPT(size, rngs=nnx.Rngs(config.seed))
 
 
-def train(
+def make_task(
     name: str,
     config: Config,
     corpus: Corpus,
-    folder: Path,
     snapshot: Callable[[GPT], dict[str, jax.Array]] | None = None,
-) -> GPT:
-    """Trains a GPT with the optimizer of that name; see `training.train`."""
-    task = training.Task(
+) -> training.Task:
+    """What training a GPT with the optimizer of that name is about."""
+    return training.Task(
         model=make_model(config, corpus),
         batches=training_batches(corpus.train, config.sequence_length, config.batch, config.seed),
         loss=next_token_loss,
@@ -128,6 +127,17 @@ def train(
         observe=program.observe(name, lambda model: [model.blocks]),
         snapshot=snapshot,
     )
+
+
+def train(
+    name: str,
+    config: Config,
+    corpus: Corpus,
+    folder: Path,
+    snapshot: Callable[[GPT], dict[str, jax.Array]] | None = None,
+) -> GPT:
+    """Trains a GPT with the optimizer of that name; see `training.train`."""
+    task = make_task(name, config, corpus, snapshot)
     return program.train(name, config, config.steps, task, folder)
 
 

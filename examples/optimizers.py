@@ -29,7 +29,7 @@ def make_schedule(name: str, learning_rate: float, steps: int, warmup: int) -> o
     return optax.cosine_decay_schedule(learning_rate, steps)
 
 
-def _is_decayed(params: optax.Params) -> optax.Params:
+def is_decayed(params: optax.Params) -> optax.Params:
     """Kernels and embeddings, but no biases, norms, positions or class tokens."""
 
     def name(path: tuple[Any, ...]) -> str:
@@ -50,7 +50,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """An optimizer after clipping by the global norm, `clip=0` for none."""
     b1, b2 = betas
-    adam: dict[str, Any] = {"b1": b1, "b2": b2, "weight_decay": weight_decay, "mask": _is_decayed}
+    adam: dict[str, Any] = {"b1": b1, "b2": b2, "weight_decay": weight_decay, "mask": is_decayed}
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adamw": lambda: optax.adamw(schedule, **adam),
         "adamw_warmup": lambda: optax.adamw(schedule, **adam),
@@ -59,11 +59,11 @@ def make_optimizer(
         ),
         "radam": lambda: optax.chain(
             optax.scale_by_radam(b1, b2),
-            optax.add_decayed_weights(weight_decay, _is_decayed),
+            optax.add_decayed_weights(weight_decay, is_decayed),
             optax.scale_by_learning_rate(schedule),
         ),
-        "lion": lambda: optax.lion(schedule, weight_decay=weight_decay, mask=_is_decayed),
-        "lamb": lambda: optax.lamb(schedule, b1, b2, weight_decay=weight_decay, mask=_is_decayed),
+        "lion": lambda: optax.lion(schedule, weight_decay=weight_decay, mask=is_decayed),
+        "lamb": lambda: optax.lamb(schedule, b1, b2, weight_decay=weight_decay, mask=is_decayed),
         "adaptive_grad_clip": lambda: optax.chain(
             optax.adamw(schedule, **adam), optax.adaptive_grad_clip(tau)
         ),

@@ -6,9 +6,7 @@ from typing import Any, Literal
 
 import tyro
 
-from examples import language, plots, program, results, training, vision
-from examples.image_data import load_images
-from examples.text_data import load_corpus
+from examples import nano, plots, program, results, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,44 +27,41 @@ class Flags:
     """Go on with the runs in that folder."""
 
 
-def prepare(flags: Flags) -> dict[str, tuple[Any, program.Config, Any]]:
-    """For each model: its module, its config and its data. Begins or goes on with the folder.
+def prepare(flags: Flags) -> dict[str, nano.Nano]:
+    """What to train. Begins or goes on with the folder.
 
     Raises:
         ValueError: If a flag is out of range, or if it would lose or mix runs.
     """
     tasks = {}
-    for model in flags.models:
-        if model == "gpt":
-            module, config, data = language, language.PRESETS["nano"], load_corpus(None)
-        else:
-            module, data = vision, load_images(None, num_channels=1)
-            config = dataclasses.replace(vision.PRESETS["nano"], model="swin-nano")
-        config = dataclasses.replace(config, steps=flags.steps, seed=flags.seed)
+    for name in flags.models:
+        model = nano.load(name)
+        config = dataclasses.replace(model.config, steps=flags.steps, seed=flags.seed)
         for tau in flags.taus:
             dataclasses.replace(config, tau=tau)  # which checks it
-        tasks[model] = module, config, data
+        tasks[name] = model._replace(config=config)
     program.begin(flags)
     return tasks
 
 
-def main(flags: Flags, tasks: dict[str, tuple[Any, program.Config, Any]]) -> None:
+def main(flags: Flags, tasks: dict[str, nano.Nano]) -> None:
     """Trains, and shows the table and the picture."""
-    lines: dict[str, dict[float, plots.Lines]] = {model: {} for model in tasks}
-    runs: dict[str, Any] = {model: {} for model in tasks}
-    for model, (module, config, data) in tasks.items():
+    lines: dict[str, dict[float, plots.Lines]] = {name: {} for name in tasks}
+    runs: dict[str, Any] = {name: {} for name in tasks}
+    for name, model in tasks.items():
         for tau in flags.taus:
-            folder = flags.out / model / f"{tau:g}"
+            folder = flags.out / name / f"{tau:g}"
             folder.mkdir(parents=True, exist_ok=True)
-            module.train("adamw2", dataclasses.replace(config, tau=tau), data, folder)
-            lines[model][tau] = training.read_metrics(folder, "adamw2")
-            runs[model][f"{tau:g}"] = results.summarize(folder, "adamw2")
+            config = dataclasses.replace(model.config, tau=tau)
+            model.train("adamw2", config, model.data, folder)
+            lines[name][tau] = training.read_metrics(folder, "adamw2")
+            runs[name][f"{tau:g}"] = results.summarize(folder, "adamw2")
             results.write_summary(flags.out, runs)
     rows = [f"{'validation loss':16}" + "".join(f"{f'tau {tau:g}':>11}" for tau in flags.taus)]
-    for model, by_tau in runs.items():
+    for name, by_tau in runs.items():
         losses = [run["val_loss"] for run in by_tau.values()]
         cells = ["-" if loss is None else f"{loss:.3f}" for loss in losses]
-        rows.append(f"{model:16}" + "".join(f"{cell:>11}" for cell in cells))
+        rows.append(f"{name:16}" + "".join(f"{cell:>11}" for cell in cells))
     print("\n".join(rows))
     print(f"\nPicture: {plots.save(plots.tau_ablation(lines), flags.out / 'tau_ablation.png')}")
 

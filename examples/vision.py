@@ -164,14 +164,13 @@ def normalize(images: Images, pixels: jax.Array) -> jax.Array:
     return (pixels / 255 - np.array(images.mean)) / np.array(images.std)
 
 
-def train(
+def make_task(
     name: str,
     config: Config,
     images: Images,
-    folder: Path,
     snapshot: Callable[[ViT | Swin], dict[str, jax.Array]] | None = None,
-) -> ViT | Swin:
-    """Trains a classifier with the optimizer of that name; see `training.train`."""
+) -> training.Task:
+    """What training a classifier with the optimizer of that name is about."""
     model = make_model(config, images)
     size = model.config.image_size
 
@@ -192,7 +191,7 @@ def train(
             "count": weight.sum(),
         }
 
-    task = training.Task(
+    return training.Task(
         model=model,
         batches=training_batches(
             images,
@@ -216,6 +215,17 @@ def train(
         observe=program.observe(name, _stacks),
         snapshot=snapshot,
     )
+
+
+def train(
+    name: str,
+    config: Config,
+    images: Images,
+    folder: Path,
+    snapshot: Callable[[ViT | Swin], dict[str, jax.Array]] | None = None,
+) -> ViT | Swin:
+    """Trains a classifier with the optimizer of that name; see `training.train`."""
+    task = make_task(name, config, images, snapshot)
     return program.train(name, config, num_steps(config, images), task, folder)
 
 

@@ -1,7 +1,6 @@
 """Watch a Transformer crash: the paper's measurements, beside the same model with the bound."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -9,11 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from flax import nnx
 
-from examples import crash_page, language, program, vision
-from examples.image_data import Images, load_images
-from examples.text_data import Corpus, load_corpus
+from examples import crash_page, language, nano, program, vision
 from models import layers
 from weyl_optax.dynamics import (
     attention_entropy,
@@ -61,9 +57,7 @@ class Experiment(NamedTuple):
     """A model in training, and what the page says of it."""
 
     name: str
-    config: program.Config
-    train: Callable[..., nnx.Module]
-    data: Corpus | Images
+    model: nano.Nano
     inputs: jax.Array  # held out, whose attention is watched
     entropy: float  # of the frequencies of the targets, in nats: what guessing reaches
 
@@ -81,28 +75,27 @@ def prepare(flags: Flags) -> Experiment:
     """
     if flags.watch < 1:
         raise ValueError(f"--watch {flags.watch}: it must be at least 1.")
-    module = language if flags.model == "gpt" else vision
+    model = nano.load(flags.model)
     config = dataclasses.replace(
-        module.PRESETS["nano"],
+        model.config,
         **{field.name: getattr(flags, field.name) for field in dataclasses.fields(Preset)},
         seed=flags.seed,
         watch=flags.watch,
         log_every=flags.watch,
         validate_every=flags.steps,
     )
+    data = model.data
     if flags.model == "gpt":
-        data = load_corpus(None)
         length = config.sequence_length
         inputs = language.validation_batches(data.validation, length, 2, 1)[0][:, :-1]
         targets = data.validation
     else:
-        data = load_images(None, num_channels=1)
         batch = next(iter(vision.validation_batches(data, 8, len(data.validation), workers=1)))
         inputs, targets = vision.normalize(data, batch["image"][:8]), batch["label"]
     program.begin(flags)
     name = {"gpt": "GPT on Python's source text", "vit": "ViT on handwritten digits"}[flags.model]
     entropy = float(scipy.stats.entropy(np.bincount(targets)))
-    return Experiment(name, config, module.train, data, jnp.asarray(inputs), entropy)
+    return Experiment(name, model._replace(config=config), jnp.asarray(inputs), entropy)
 
 
 def main(flags: Flags, experiment: Experiment) -> None:
@@ -111,8 +104,9 @@ def main(flags: Flags, experiment: Experiment) -> None:
     def snapshot(model: Any) -> dict[str, jax.Array]:
         return measure_attention(model, experiment.inputs)
 
+    model = experiment.model
     for name in crash_page.RUNS:
-        experiment.train(name, experiment.config, experiment.data, flags.out, snapshot)
+        model.train(name, model.config, model.data, flags.out, snapshot)
     signs, path = crash_page.write(flags.out, experiment.name, flags, experiment.entropy)
     print(f"\n{signs}\n\nPage: {path}")
 

@@ -8,12 +8,12 @@ from examples import program, tau_ablation
 
 
 def test_table_and_picture(tmp_path, capsys):
-    flags = tau_ablation.Flags(models=("gpt",), taus=(0.01,), steps=2, out=tmp_path / "out")
+    flags = tau_ablation.Flags(models=("swin",), taus=(0.01,), steps=2, out=tmp_path / "out")
     tau_ablation.main(flags, tau_ablation.prepare(flags))
     runs = json.loads((flags.out / "summary.json").read_text())["runs"]
     table = capsys.readouterr().out
     assert "tau 0.01" in table
-    assert f"{runs['gpt']['0.01']['val_loss']:.3f}" in table
+    assert f"{runs['swin']['0.01']['val_loss']:.3f}" in table
     assert (flags.out / "tau_ablation.png").stat().st_size > 10_000
 
 

@@ -148,13 +148,13 @@ def test_accumulation_takes_the_same_steps(tmp_path):
         run(
             tmp_path / parts,
             "--runs",
-            "adamw2",
+            "adamw",
             "--accumulate",
             parts,
             "--validation-batches",
             parts,
         )
-        logged.append(lines(tmp_path / parts, "adamw2"))
+        logged.append(lines(tmp_path / parts, "adamw"))
     assert [line["step"] for line in logged[0]] == [1, 3, 6, 9, 12]
     for one, four in zip(*logged, strict=True):
         np.testing.assert_allclose(one["loss"], four["loss"], rtol=1e-3)
@@ -164,9 +164,9 @@ def test_trains_on_nanogpt_tokens_in_bfloat16_without_bias(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in ("train.bin", "val.bin"):
         rng.integers(0, 50257, 4000).astype(np.uint16).tofile(tmp_path / name)
-    flags = ("--runs", "adamw2", "--dtype", "bfloat16", "--no-bias", "--data", str(tmp_path))
+    flags = ("--runs", "adamw", "--dtype", "bfloat16", "--no-bias", "--data", str(tmp_path))
     run(tmp_path / "out", *flags, "--steps", "4")
-    val_loss = lines(tmp_path / "out", "adamw2")[-1]["val_loss"]
+    val_loss = lines(tmp_path / "out", "adamw")[-1]["val_loss"]
     assert abs(val_loss - np.log(50257)) < 0.5
     assert "writes" not in capsys.readouterr().out  # tokens, not text
 
@@ -215,12 +215,12 @@ def test_lr_sweep(tmp_path, capsys):
         sequence_length=8,
         validation_batches=1,
         rates=(1e-3, 1e-1),
-        runs=("adamw2", "lion"),
+        runs=("lion",),
         out=tmp_path / "out",
     )
     lr_sweep.main(flags, language.prepare(flags))
     runs = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
-    assert list(runs["adamw2"]) == ["0.001", "0.1"]
+    assert list(runs["lion"]) == ["0.001", "0.1"]
     table = capsys.readouterr().out
     assert f"{runs['lion']['0.1']['val_loss']:.3f}" in table
     assert (tmp_path / "out" / "lr_sweep.png").stat().st_size > 10_000

@@ -57,11 +57,12 @@ def test_frames_and_terms_are_those_of_the_steps(finished):
 def test_a_gpt_is_measured_as_well(tmp_path):
     flags = watch_crash.parse(["--out", str(tmp_path / "run")])
     experiment = watch_crash.prepare(flags)
-    assert experiment.config.learning_rate == watch_crash.PRESETS["gpt"].learning_rate
+    config = experiment.model.config
+    assert config.learning_rate == watch_crash.PRESETS["gpt"].learning_rate
     assert experiment.entropy == pytest.approx(3.14, abs=0.2)  # of the bytes of source text
     arrays = jax.eval_shape(
         lambda: watch_crash.measure_attention(
-            language.make_model(experiment.config, experiment.data), experiment.inputs
+            language.make_model(config, experiment.model.data), experiment.inputs
         )
     )
     shapes = {name: array.shape for name, array in arrays.items()}

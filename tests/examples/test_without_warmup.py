@@ -56,7 +56,7 @@ def recorded(corpus):
     batches = training_batches(corpus.train, CONFIG.sequence_length, CONFIG.batch, seed=0)
     states = before.init(params), bound.init(params), after.init(params)
     record = {"weight": [], "update": [], "weight_found": [], "update_found": [], "moved": []}
-    for _ in range(60):
+    for _ in range(40):
         updates, moved, states = step(params, states, next(batches))
         norms = exact(params, True)
         record["weight"].append(norms)

@@ -1,0 +1,30 @@
+"""The small models that train within minutes on a CPU, by name."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+from flax import nnx
+
+from examples import language, program, training, vision
+from examples.image_data import Images, load_images
+from examples.text_data import Corpus, load_corpus
+
+Name: TypeAlias = Literal["gpt", "vit", "swin"]
+
+
+class Nano(NamedTuple):
+    """A model to train, with what its training takes."""
+
+    train: Callable[..., nnx.Module]
+    make_task: Callable[..., training.Task]
+    config: program.Config
+    data: Corpus | Images
+
+
+def load(name: Name) -> Nano:
+    """A GPT on Python's standard library, or a ViT or Swin on scikit-learn's digits."""
+    if name == "gpt":
+        return Nano(language.train, language.make_task, language.PRESETS["nano"], load_corpus(None))
+    config = dataclasses.replace(vision.PRESETS["nano"], model=f"{name}-nano")
+    return Nano(vision.train, vision.make_task, config, load_images(None, num_channels=1))
