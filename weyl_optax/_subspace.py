@@ -12,9 +12,10 @@ done in one batch for all the matrices of a model, whatever their shapes.
 """
 
 import functools
+import itertools
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -96,6 +97,7 @@ def norms(
     new_blocks, sigmas = _iterate(
         [leaves[i][path] for i, path in keys],
         tuple(matrices[path] for _, path in keys),
+        tuple(path for _, path in keys),
         [blocks[i][path] for i, path in keys],
         [last[i][path] for i, path in keys],
         num_iters,
@@ -144,10 +146,11 @@ class _Labels(NamedTuple):
         return cls(batch, leaf, *((rows, columns) if n <= m else (columns, rows)))
 
 
-@functools.partial(jax.jit, static_argnames="matrices")
+@functools.partial(jax.jit, static_argnames=("matrices", "owners"))
 def _iterate(
     leaves: Sequence[jax.Array],
     matrices: Sequence[Matrices],
+    owners: Sequence[str],
     blocks: Sequence[jax.Array],
     last: Sequence[jax.Array],
     num_iters: jax.typing.ArrayLike,
@@ -163,7 +166,7 @@ def _iterate(
 
     def body(carry):
         i, blocks, _ = carry
-        return i + 1, *_iteration(leaves, labels, blocks)
+        return i + 1, *_iteration(leaves, labels, owners, blocks)
 
     zeros = [jnp.zeros_like(sigma) for sigma in last]
     _, blocks, sigmas = lax.while_loop(more, body, (0, list(blocks), zeros))
@@ -171,49 +174,53 @@ def _iterate(
 
 
 def _iteration(
-    leaves: Sequence[jax.Array], labels: Sequence[_Labels], blocks: Sequence[jax.Array]
+    leaves: Sequence[jax.Array],
+    labels: Sequence[_Labels],
+    owners: Sequence[str],
+    blocks: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """One iteration on every matrix: its next block and its norm."""
-    products, factors, grams = [], [], []
+    products, small = [], []
     for a, label, v in zip(leaves, labels, blocks, strict=True):
         r, z, factor = _products(a.astype(v.dtype), label, v)
         products.append(z)
-        factors.append(factor)
-        grams.append(jnp.stack([_gram(r, label.far, label), _gram(z, label.near, label)]))
+        grams = _gram(r, label.far, label), _gram(z, label.near, label)
+        small.append((factor.reshape(-1), *(g.reshape(-1, *g.shape[-2:]) for g in grams)))
 
+    # A GPU would be idle in calls so small: there, one has them all. On a CPU, XLA compiles
+    # kernels that are alike once, but every part of a joined result anew.
+    dtypes = [v.dtype for v in blocks]
+    solved = lax.platform_dependent(
+        small,
+        cpu=lambda x: _in_batches(_rayleigh_ritz, x, list(zip(dtypes, owners, strict=True))),
+        default=lambda x: _in_batches(_rayleigh_ritz, x, dtypes),
+    )
     next_blocks, sigmas = [], []
-    for v, z, factor, label, (sigma, turn, keep) in zip(
-        blocks, products, factors, labels, _in_one_batch(_rayleigh_ritz, grams), strict=True
-    ):
+    for v, z, label, (sigma, turn, heard) in zip(blocks, products, labels, solved, strict=True):
+        batch = v.shape[: len(label.batch)]
         mix = f"{label.near},{label.batch}yz->{label.near.replace('y', 'z')}"
-        next_blocks.append(_einsum(mix, z, turn) + _einsum(mix, v, keep))
-        sigmas.append(factor * sigma)
+        turned = _einsum(mix, z, turn.reshape(*batch, *turn.shape[1:]))
+        # Columns that are not there stay as they were.
+        axes = [axis for axis in range(v.ndim) if label.near[axis] not in label.batch + "y"]
+        heard = jnp.expand_dims(heard.reshape(*batch, -1), axes)
+        next_blocks.append(jnp.where(heard, turned, v))
+        sigmas.append(sigma.reshape(batch))
     return next_blocks, sigmas
 
 
 def _products(
     a: jax.Array, labels: _Labels, v: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """R = A V and Z = A^H R, each with its largest entry brought to 1.
+    """R = A V and Z = A^H R, both of A divided by a factor, shape (*batch,).
 
-    So no product and no Gram matrix overflows or underflows.
-
-    Returns:
-        R, Z, and the factor, shape (*batch,), by which A^H R is larger than Z. If
-        A is not finite, R and Z are zero, and the factor is NaN.
+    With R at most 1, no product and no Gram matrix overflows or underflows.
     """
-    r, _ = _normalize(_einsum(f"{labels.leaf},{labels.near}->{labels.far}", a, v), labels)
-    z = _einsum(f"{labels.far},{labels.leaf}->{labels.near}", jnp.conj(r), a)
-    z, factor = _normalize(jnp.conj(z), labels)
-    finite = jnp.isfinite(factor)
-    r = jnp.where(_expand(finite, r), r, 0)
-    z = jnp.where(_expand(finite, z), z, 0)
-    return r, z, jnp.where(finite, factor, jnp.nan)
-
-
-def _normalize(x: jax.Array, labels: _Labels) -> tuple[jax.Array, jax.Array]:
-    largest = jnp.max(jnp.abs(x), axis=tuple(range(len(labels.batch), x.ndim)))
-    return x / _expand(jnp.where(largest == 0, 1, largest), x), largest
+    r = _einsum(f"{labels.leaf},{labels.near}->{labels.far}", a, v)
+    factor = jnp.max(jnp.abs(r), axis=tuple(range(len(labels.batch), r.ndim)))
+    divisor = jnp.where(factor == 0, 1, factor)
+    r = r / _expand(divisor, r)
+    z = jnp.conj(_einsum(f"{labels.far},{labels.leaf}->{labels.near}", jnp.conj(r), a))
+    return r, z / _expand(divisor, z), factor
 
 
 def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
@@ -229,22 +236,26 @@ def _einsum(expression: str, *operands: jax.Array) -> jax.Array:
     return jnp.einsum(expression, *operands, precision=lax.Precision.HIGHEST)
 
 
-def _in_one_batch(fn, grams: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
-    """Maps `fn` over arrays (2, *batch, k, k), with one call for each dtype."""
+def _in_batches(
+    fn: Callable[..., tuple[jax.Array, ...]],
+    arguments: Sequence[tuple[jax.Array, ...]],
+    kinds: Sequence[Hashable],
+) -> list[tuple[jax.Array, ...]]:
+    """Calls `fn` on arrays of shape (b, ...), those of one kind joined into one call."""
     results: dict[int, tuple[jax.Array, ...]] = {}
-    for dtype in sorted({x.dtype for x in grams}, key=str):
-        places = [i for i, x in enumerate(grams) if x.dtype == dtype]
-        flat = [grams[i].reshape(2, -1, *grams[i].shape[-2:]) for i in places]
-        outputs = fn(*jnp.concatenate(flat, axis=1))
-        start = 0
-        for i, x in zip(places, flat, strict=True):
-            stop, batch = start + x.shape[1], grams[i].shape[1:-2]
-            results[i] = tuple(y[start:stop].reshape(batch + y.shape[1:]) for y in outputs)
-            start = stop
-    return [results[i] for i in range(len(grams))]
+    for kind in dict.fromkeys(kinds):
+        places = [i for i, other in enumerate(kinds) if other == kind]
+        parts = [arguments[i] for i in places]
+        ends = list(itertools.accumulate(len(part[0]) for part in parts))
+        outputs = fn(*map(jnp.concatenate, zip(*parts, strict=True)))
+        split = [jnp.split(y, ends[:-1]) for y in outputs]
+        results |= dict(zip(places, zip(*split, strict=True), strict=True))
+    return [results[i] for i in range(len(arguments))]
 
 
-def _rayleigh_ritz(gram_r: jax.Array, gram_z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _rayleigh_ritz(
+    factor: jax.Array, gram_r: jax.Array, gram_z: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     r"""The Rayleigh-Ritz step of a block.
 
     With :math:`R^H R = Q S^2 Q^H`, the columns of :math:`R Q S^{-1}` are an
@@ -252,17 +263,21 @@ def _rayleigh_ritz(gram_r: jax.Array, gram_z: jax.Array) -> tuple[jax.Array, jax
     :math:`A^H` on it. With :math:`Y^H Y = P T^2 P^H`, the largest :math:`\|A^H x\|`
     of a unit vector :math:`x` in that span is :math:`T_1`, and the next block is
     :math:`Y P T^{-1}`, again orthonormal. A direction of :math:`V` in which
-    :math:`A` is silent, :math:`S_i = 0`, stays in the block as it is.
+    :math:`A` is silent, :math:`S_i = 0`, gives no column.
 
     Args:
+        factor: By which :math:`A` was divided, shape (b,).
         gram_r: :math:`R^H R`, shape (b, k, k).
         gram_z: :math:`Z^H Z`, shape (b, k, k).
 
     Returns:
-        :math:`T_1`, shape (b,), and `turn` and `keep`, shape (b, k, k): the next
-        block is `Z turn + V keep`.
+        :math:`T_1` of the undivided :math:`A`, shape (b,), NaN if something is not finite;
+        `turn`, shape (b, k, k): the next block is `Z turn`; and which of its columns there
+        are, shape (b, k).
     """
     k, eps = gram_r.shape[-1], jnp.finfo(gram_r.dtype).eps
+    finite = jnp.isfinite(factor) & jnp.isfinite(gram_z).all((-1, -2))
+    gram_r, gram_z = (jnp.where(finite[:, None, None], x, 0) for x in (gram_r, gram_z))
     s2, q = _eigh(gram_r)  # ascending
     heard = s2 > k * eps * s2[..., -1:]
 
@@ -274,8 +289,7 @@ def _rayleigh_ritz(gram_r: jax.Array, gram_z: jax.Array) -> tuple[jax.Array, jax
     t2, p = _eigh(jnp.swapaxes(jnp.conj(y), -1, -2) @ gram_z @ y)
     t2 = jnp.maximum(t2, eps * t2[..., -1:])
     turn = columns_over_root(y @ p, t2)
-    keep = jnp.where(heard[..., None, :], 0, q)
-    return jnp.sqrt(t2[..., -1]), turn, keep
+    return jnp.where(finite, factor * jnp.sqrt(t2[..., -1]), jnp.nan), turn, heard
 
 
 def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -286,11 +300,12 @@ def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     groups of an `optax.partition`, say) can wait for each other forever. So they go in parts
     that are too small for that.
     """
+    eigh = functools.partial(jnp.linalg.eigh, symmetrize_input=False)
 
     def in_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         size = EIGH_WORK // x.shape[-1] ** 3
-        parts = [jnp.linalg.eigh(x[i : i + size]) for i in range(0, len(x), size)]
+        parts = [eigh(x[i : i + size]) for i in range(0, len(x), size)]
         values, vectors = zip(*parts, strict=True)
         return jnp.concatenate(values), jnp.concatenate(vectors)
 
-    return lax.platform_dependent(x, cpu=in_parts, default=lambda x: tuple(jnp.linalg.eigh(x)))
+    return lax.platform_dependent(x, cpu=in_parts, default=lambda x: tuple(eigh(x)))
