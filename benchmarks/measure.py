@@ -10,27 +10,34 @@ from typing import Any
 import jax
 
 
-def seconds(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median time of each call, the calls taking turns, after one that does not count."""
-    for call in calls.values():
-        jax.block_until_ready(call())
+def seconds(calls: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, float]:
+    """The median time of each call.
+
+    They take turns until `budget` seconds are over. The first round, which compiles, does
+    not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    begin, num_rounds = time.perf_counter(), 0
+    while num_rounds < 2 or time.perf_counter() - begin < budget:
         for name, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+        num_rounds += 1
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def report(rows: list[dict[str, Any]], out: Path) -> None:
     """Prints rows as a table, and writes them as JSON."""
-    cells = [list(rows[0])] + [
-        [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
+    columns = list(rows[0])
+    lines = [columns] + [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
         print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(rows, indent=2) + "\n")
     print(f"\n{out}")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,254 @@
+"""How exact the spectral norms of the bound are, on the weights and updates of real runs."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+from benchmarks import measure, peers
+from examples import nano, training
+from examples.optimizers import is_decayed, make_schedule
+from weyl_optax import scale_by_weyl_bound
+from weyl_optax.flax import dimension_numbers
+
+PHASES = {
+    "all": slice(None),
+    "first step": slice(0, 1),
+    "steps 2 to 20": slice(1, 20),
+    "later": slice(20, None),
+}
+KINDS = {
+    "attention": {"query", "key", "value", "out"},
+    "mlp": {"up", "down"},
+    "other": set(),  # embeddings, patches, head
+}
+MIN_STD = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Train the nano models without warmup, and compare every estimate with an exact SVD."""
+
+    models: tuple[Literal["gpt", "vit"], ...] = ("gpt", "vit")
+    """What to train."""
+    steps: int = 300
+    """Updates, at least 21."""
+    seed: int = 0
+    """Of the weights and the batches."""
+    out: Path = Path("runs/benchmarks/estimator_accuracy.json")
+    """The file for the tables."""
+
+
+Arrays = dict[str, np.ndarray]  # by path
+
+
+class Step(NamedTuple):
+    """An update of a run: matrices (batch, m, n) by path, and norms (batch,)."""
+
+    rate: float
+    weights: Arrays  # before it
+    updates: Arrays  # as the bound was given them
+    sigma_weight: Arrays  # as the bound found them
+    sigma_update: Arrays
+
+
+class Recorded(NamedTuple):
+    """State of :func:`record`."""
+
+    updates: optax.Updates
+
+
+def record() -> optax.GradientTransformation:
+    """Keeps the updates that pass."""
+    return optax.GradientTransformation(
+        lambda params: Recorded(jax.tree.map(jnp.zeros_like, params)),
+        lambda updates, state, params: (updates, Recorded(updates)),
+    )
+
+
+def run(model: nano.Nano, steps: int) -> Iterator[Step]:
+    """Trains with AdamW², and hands every update over."""
+    config = model.config
+    task = model.make_task("adamw2", config, model.data)
+    numbers = nnx.to_pure_dict(dimension_numbers(task.model))
+    rate = make_schedule("adamw2", config.learning_rate, steps, warmup=0)
+    bound = scale_by_weyl_bound(
+        config.tau,
+        rate,
+        weight_decay=config.weight_decay,
+        weight_decay_mask=is_decayed,
+        min_std=MIN_STD,
+        weight_dimension_numbers=numbers,
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(*config.betas),
+        record(),
+        bound,
+        optax.scale_by_learning_rate(rate),
+    )
+    graph, params, rest = nnx.split(task.model, nnx.Param, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+    state = {"params": params, "rest": rest, "opt_state": jax.jit(optimizer.init)(params)}
+    update = training.make_update(graph, task.loss, optimizer, config.accumulate)
+    with contextlib.closing(task.batches):
+        for step in tqdm(range(steps), mininterval=10):
+            weights = matrices(state["params"], numbers)
+            state, _ = update(state, next(task.batches))
+            _, _, recorded, found, _ = jax.device_get(state["opt_state"])
+            yield Step(
+                float(rate(step)),
+                weights,
+                matrices(recorded.updates, numbers),
+                {path: found.sigma_weight[path].ravel() for path in weights},
+                {path: found.sigma_update[path].ravel() for path in weights},
+            )
+
+
+def matrices(tree: Any, numbers: Any) -> Arrays:
+    """The leaves as (batch, m, n), by path, without the vectors, whose norms are exact."""
+    entries = jax.tree.leaves(numbers, is_leaf=peers.is_numbers)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
+            peers.as_matrices(leaf, entry)
+        )
+        for (path, leaf), entry in zip(jax.tree.leaves_with_path(tree), entries, strict=True)
+        if entry.reduction_axis
+    }
+
+
+def exact(a: np.ndarray) -> np.ndarray:
+    """The spectral norms of (batch, m, n), from the smaller Gram matrix in float64."""
+    a = np.float64(a)
+    at = np.swapaxes(a, -1, -2)
+    gram = a @ at if a.shape[-2] < a.shape[-1] else at @ a
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[..., -1], 0))
+
+
+Estimator = Callable[[Step], tuple[Arrays, Arrays]]  # norms of the weights, of the updates
+
+
+def ours(step: Step) -> tuple[Arrays, Arrays]:
+    """What the bound itself found."""
+    return step.sigma_weight, step.sigma_update
+
+
+def cold(num_iters: int) -> Estimator:
+    """The paper's power iterations."""
+    norms = peers.cold_power_iterations(num_iters)
+
+    @jax.jit
+    def of_each(arrays: Arrays) -> Arrays:
+        return {path: norms(a) for path, a in arrays.items()}
+
+    return lambda step: jax.device_get((of_each(step.weights), of_each(step.updates)))
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    peers.OURS: ours,
+    "2 cold iterations": cold(2),
+    "3 cold iterations": cold(3),
+}
+
+
+def follow(model: nano.Nano, steps: int) -> dict[str, dict[str, np.ndarray]]:
+    """What every estimator found, at every matrix and step of a run.
+
+    Returns:
+        By estimator and path, an array (steps, 3, batch): by how much it is below the exact
+        norm of the weight and of the update, relative; and the factor by which the weight's
+        norm grows in a step with this estimator.
+    """
+    config = model.config
+    found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in ESTIMATORS}
+    for step in run(model, steps):
+        estimates = {name: estimate(step) for name, estimate in ESTIMATORS.items()}
+        for path, w in step.weights.items():
+            u = np.float64(step.updates[path])
+            sigma_w, sigma_u = exact(w), exact(u)
+            least = MIN_STD * sum(math.sqrt(side) for side in w.shape[-2:])
+            decay = config.weight_decay * w * is_decayed({path: 0})[path]
+            for name, (of_weights, of_updates) in estimates.items():
+                allowed = config.tau * np.maximum(of_weights[path], least)
+                rate = np.minimum(step.rate, allowed / of_updates[path])
+                after = exact(w - rate[:, None, None] * (u + decay))
+                below = 1 - of_weights[path] / sigma_w, 1 - of_updates[path] / sigma_u
+                growth = after / np.maximum(sigma_w, least)
+                found[name].setdefault(path, []).append(np.stack([*below, growth]))
+    return {
+        name: {path: np.stack(values) for path, values in by_path.items()}
+        for name, by_path in found.items()
+    }
+
+
+def kind(path: str) -> str:
+    """Of the weight at a path."""
+    return next((name for name, layers in KINDS.items() if layers & set(path.split("/"))), "other")
+
+
+def error_rows(name: str, found: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
+    """Median and 99th percentile of the errors, in percent, by kind of weight and by phase."""
+    rows = []
+    for i, quantity in enumerate(("sigma(W)", "sigma(U)")):
+        for of_kind in ("all", *KINDS):
+            for estimator, by_path in found.items():
+                errors = np.concatenate(
+                    [v[:, i] for path, v in by_path.items() if of_kind in ("all", kind(path))],
+                    axis=-1,
+                )
+                row = {"model": name, "of": quantity, "kind": of_kind, "estimator": estimator}
+                for phase, steps in PHASES.items():
+                    row[f"{phase}, %"] = 100 * float(np.median(errors[steps]))
+                    row[f"{phase}, p99"] = 100 * float(np.percentile(errors[steps], 99))
+                rows.append(row)
+    return rows
+
+
+def growth_rows(
+    name: str, tau: float, found: dict[str, dict[str, np.ndarray]]
+) -> list[dict[str, Any]]:
+    """How often the norm of a weight grows by more than Rule 1 allows."""
+    rows = []
+    for estimator, by_path in found.items():
+        growth = np.concatenate([v[:, 2].ravel() for v in by_path.values()])
+        rows.append(
+            {
+                "model": name,
+                "estimator": estimator,
+                "matrix-steps": growth.size,
+                "norm > 1.01 (1 + tau), %": 100 * float(np.mean(growth > 1.01 * (1 + tau))),
+                "growth > 1.01 tau, %": 100 * float(np.mean(growth - 1 > 1.01 * tau)),
+                "largest growth / tau": float(growth.max() - 1) / tau,
+            }
+        )
+    return rows
+
+
+def main(flags: Flags) -> None:
+    """Prints the tables."""
+    if flags.steps < 21:
+        sys.exit(f"error: --steps {flags.steps}: it must be at least 21, to have every phase.")
+    errors, growths = [], []
+    for name in flags.models:
+        model = nano.load(name)
+        config = dataclasses.replace(model.config, steps=flags.steps, seed=flags.seed)
+        found = follow(model._replace(config=config), flags.steps)
+        errors += error_rows(name, found)
+        growths += growth_rows(name, config.tau, found)
+    measure.report(errors, flags.out)
+    measure.report(growths, flags.out.with_stem("rule_1"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))

@@ -1,0 +1,83 @@
+"""Models with a loss and a batch, and their training step, for the benchmarks."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import models.gpt
+import models.vit
+from examples import training
+from examples.language import next_token_loss
+from models.gpt import GPT
+from models.vit import ViT
+from weyl_optax.flax import dimension_numbers
+
+Name = Literal["gpt-nano", "vit-nano", "gpt2-small", "gpt2-small-0.5M", "vit-base"]
+
+
+class Task(NamedTuple):
+    """What is trained."""
+
+    model: nnx.Module
+    loss: Callable[[nnx.Module, Any], jax.Array]
+    batch: Any
+    accumulate: int = 1  # parts of the batch
+
+
+def image_loss(model: ViT, batch: dict[str, np.ndarray]) -> jax.Array:
+    """Cross entropy in nats per image."""
+    logits = model(batch["image"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+
+def make(name: Name) -> Task:
+    """A task of that name; those that are not nano compute in bfloat16, and are for a GPU."""
+    rng, rngs = np.random.default_rng(0), nnx.Rngs(0)
+    if name.startswith("vit"):
+        config, size = models.vit.CONFIGS["nano"], 64
+        if name == "vit-base":
+            config, size = dataclasses.replace(models.vit.CONFIGS["base"], dtype="bfloat16"), 256
+        shape = (size, config.image_size, config.image_size, config.num_channels)
+        images = rng.standard_normal(shape, np.float32)
+        labels = rng.integers(0, config.num_classes, size)
+        return Task(ViT(config, rngs=rngs), image_loss, {"image": images, "label": labels})
+    config, size, accumulate = models.gpt.CONFIGS["nano"], (8, 129), 1
+    if name.startswith("gpt2-small"):
+        config = dataclasses.replace(models.gpt.CONFIGS["gpt2-small"], dtype="bfloat16")
+        accumulate = 60 if name == "gpt2-small-0.5M" else 1
+        size = (8 * accumulate, 1025)
+    tokens = rng.integers(0, config.vocab_size, size, np.int32)
+    return Task(GPT(config, rngs=rngs), next_token_loss, tokens, accumulate)
+
+
+class Training:
+    """A task in training.
+
+    Args:
+        task: What is trained.
+        make_optimizer: From the dimension numbers of the model.
+    """
+
+    def __init__(self, task: Task, make_optimizer: Callable[[Any], optax.GradientTransformation]):
+        optimizer = make_optimizer(nnx.to_pure_dict(dimension_numbers(task.model)))
+        self.graph, params, rest = nnx.split(task.model, nnx.Param, ...)
+        params, rest = jax.tree.map(jnp.copy, (nnx.as_pure(params), nnx.as_pure(rest)))
+        opt_state = jax.jit(optimizer.init)(params)
+        self.state = {"params": params, "rest": rest, "opt_state": opt_state}
+        self.batch = task.batch
+        self._update = training.make_update(self.graph, task.loss, optimizer, task.accumulate)
+
+    def step(self) -> jax.Array:
+        """Takes a step.
+
+        Returns:
+            Its loss.
+        """
+        self.state, loss = self._update(self.state, self.batch)
+        return loss

@@ -1,0 +1,110 @@
+"""Parameter trees of real models, filled with random numbers, and how their leaves are read."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers
+
+import models.gpt
+import models.vit
+from weyl_optax.flax import dimension_numbers
+
+
+class Tree(NamedTuple):
+    """Shapes of parameters, and the matrices in them."""
+
+    shapes: Any  # of jax.ShapeDtypeStruct
+    numbers: Any  # of MuonDimensionNumbers, like the shapes
+
+
+def fill(tree: Tree, seed: int) -> Any:
+    """Parameters or gradients: normal numbers, scaled as a weight of the last two axes."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        deviation = sum(shape.shape[-2:]) ** -0.5
+        return jax.device_put(rng.standard_normal(shape.shape, np.float32) * np.float32(deviation))
+
+    return jax.tree.map(draw, tree.shapes)
+
+
+def _of_model(make: Callable[[], nnx.Module]) -> Tree:
+    model = nnx.eval_shape(make)
+    return Tree(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        nnx.to_pure_dict(dimension_numbers(model)),
+    )
+
+
+def gpt2_small() -> Tree:
+    """GPT-2 small, 124 M parameters, its 12 layers stacked."""
+    return _of_model(lambda: models.gpt.GPT(models.gpt.CONFIGS["gpt2-small"], rngs=nnx.Rngs(0)))
+
+
+def vit_base() -> Tree:
+    """ViT-B/16, 87 M parameters, its 12 layers stacked."""
+    return _of_model(lambda: models.vit.ViT(models.vit.CONFIGS["base"], rngs=nnx.Rngs(0)))
+
+
+def unstacked(tree: Tree) -> Tree:
+    """Every layer's leaves by themselves, as a model that does not scan over them has them."""
+    (depth,) = {leaf.shape[0] for leaf in jax.tree.leaves(tree.shapes["blocks"])}
+
+    def layer(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+    def without_layers(numbers: MuonDimensionNumbers) -> MuonDimensionNumbers:
+        reduction, output = (
+            tuple(axis - 1 for axis in ((axes,) if isinstance(axes, int) else axes))
+            for axes in numbers
+        )
+        return MuonDimensionNumbers(reduction, output)
+
+    shapes = jax.tree.map(layer, tree.shapes["blocks"])
+    numbers = jax.tree.map(
+        without_layers,
+        tree.numbers["blocks"],
+        is_leaf=lambda x: isinstance(x, MuonDimensionNumbers),
+    )
+    return Tree(
+        tree.shapes | {"blocks": {str(i): shapes for i in range(depth)}},
+        tree.numbers | {"blocks": {str(i): numbers for i in range(depth)}},
+    )
+
+
+def lora() -> Tree:
+    """Adapters of rank 8 on all six weights of GPT-2 small's layers: 144 small leaves."""
+    sides = {
+        "query": (768, 768),
+        "key": (768, 768),
+        "value": (768, 768),
+        "out": (768, 768),
+        "up": (768, 3072),
+        "down": (3072, 768),
+    }
+
+    def of(make: Callable[[int, int], Any]) -> dict[str, Any]:
+        layer = {name: {"a": make(m, 8), "b": make(8, n)} for name, (m, n) in sides.items()}
+        return {str(i): layer for i in range(12)}
+
+    return Tree(
+        of(lambda m, n: jax.ShapeDtypeStruct((m, n), np.float32)),
+        of(lambda m, n: MuonDimensionNumbers(0, 1)),
+    )
+
+
+TREES: Mapping[str, Callable[[], Tree]] = {
+    "gpt2-small": gpt2_small,
+    "gpt2-small-unstacked": lambda: unstacked(gpt2_small()),
+    "vit-base": vit_base,
+    "lora": lora,
+}
+
+
+def num_bytes(tree: optax.Params) -> int:
+    """The bytes of all leaves."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
