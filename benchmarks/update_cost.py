@@ -20,7 +20,7 @@ class Flags:
     optimizers: tuple[str, ...] = tuple(peers.OPTIMIZERS)
     """Optimizers; the first four are quick."""
     seconds: float = 20.0
-    """Time for each optimizer on each tree, compilation not counted; at least one update."""
+    """Time for each optimizer on each tree, compilation not counted."""
     out: Path = Path("runs/benchmarks/update_cost.json")
     """The file for the table."""
 
