@@ -7,8 +7,8 @@ One iteration on a matrix :math:`A`, from a block :math:`V` of :math:`k` vectors
     R = A V, \qquad Z = A^H R, \qquad V \leftarrow \text{a basis of } Z.
 
 It reads :math:`A` twice, and costs hardly more than with a single vector, since
-the products are bound by reading :math:`A`. The rest is :math:`k \times k`, and
-done in one batch for all the matrices of a model, whatever their shapes.
+the products are bound by reading :math:`A`. The rest is :math:`k \times k`: on an
+accelerator, one batch of all the matrices of a model; on a CPU, leaf by leaf.
 """
 
 import functools
@@ -187,8 +187,9 @@ def _iteration(
         grams = _gram(r, label.far, label), _gram(z, label.near, label)
         small.append((factor.reshape(-1), *(g.reshape(-1, *g.shape[-2:]) for g in grams)))
 
-    # A GPU would be idle in calls so small: there, one has them all. On a CPU, XLA compiles
-    # kernels that are alike once, but every part of a joined result anew.
+    # An accelerator would be idle in calls so small: there, one has them all. On a CPU, XLA
+    # compiles kernels that are alike once, but the slice of every part of a result anew; so a
+    # call has the matrices of one leaf, of its weight and of its update.
     dtypes = [v.dtype for v in blocks]
     solved = lax.platform_dependent(
         small,
