@@ -12,7 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax import spectral_norm
 from weyl_optax._matrices import read
-from weyl_optax._subspace import _Labels
+from weyl_optax._subspace import _in_batches, _Labels, _rayleigh_ritz
 
 
 @st.composite
@@ -127,3 +127,24 @@ def test_many_matrices_go_through_lapack_in_small_parts():
     np.testing.assert_allclose(
         found.compile()(x), np.linalg.norm(np.float64(x), 2, axis=(1, 2)), rtol=1e-5
     )
+
+
+def test_small_problems_joined_or_apart_are_the_same():
+    rng = np.random.default_rng(0)
+    problems = []
+    for size in (2, 5, 1):
+        r, z = rng.normal(size=(2, size, 20, 8)).astype(np.float32)
+        grams = (jnp.asarray(np.swapaxes(x, 1, 2) @ x) for x in (r, z))
+        problems.append((jnp.arange(1.0, size + 1), *grams))
+    apart = _in_batches(_rayleigh_ritz, problems, range(3))
+    joined = _in_batches(_rayleigh_ritz, problems, ["all"] * 3)
+    assert [len(sigma) for sigma, _, _ in joined] == [2, 5, 1]
+    for one, other in zip(jax.tree.leaves(apart), jax.tree.leaves(joined), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_an_accelerator_solves_the_small_problems_of_all_leaves_at_once():
+    tree = {str(i): jnp.ones((i + 2, 16, 12)) for i in range(5)}
+    lowered = jax.jit(spectral_norm).trace(tree).lower(lowering_platforms=("cuda",)).as_text()
+    batches = re.findall(r"cusolver_syevd_ffi.*?\(tensor<(\d+)x8x8xf32>\)", lowered)
+    assert batches == ["20"]  # one function, called for R^H R and for Z^H Z
