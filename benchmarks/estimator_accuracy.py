@@ -98,10 +98,7 @@ def run(model: nano.Nano, steps: int) -> Iterator[Step]:
         bound,
         optax.scale_by_learning_rate(rate),
     )
-    graph, params, rest = nnx.split(task.model, nnx.Param, ...)
-    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
-    state = {"params": params, "rest": rest, "opt_state": jax.jit(optimizer.init)(params)}
-    update = training.make_update(graph, task.loss, optimizer, config.accumulate)
+    _, state, update = training.start(task.model, task.loss, optimizer, config.accumulate)
     with contextlib.closing(task.batches):
         for step in tqdm(range(steps), mininterval=10):
             weights = matrices(state["params"], numbers)

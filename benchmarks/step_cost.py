@@ -10,11 +10,9 @@ from benchmarks import measure, peers, tasks
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(tasks.Flags):
     """Time a step (forward, backward, update) with adamw2 and with optax.adamw, in turns."""
 
-    models: tuple[tasks.Name, ...] = ("gpt-nano", "vit-nano")
-    """What to train; those that are not nano are for a GPU."""
     seconds: float = 60.0
     """Time for each model."""
     out: Path = Path("runs/benchmarks/step_cost.json")
@@ -23,9 +21,9 @@ class Flags:
 
 def measure_model(name: tasks.Name, budget: float) -> dict[str, Any]:
     """A row of the table."""
-    task = tasks.make(name)
     base, own = (
-        tasks.Training(task, peers.OPTIMIZERS[which]) for which in (peers.BASE, peers.OURS)
+        tasks.Training(tasks.make(name), peers.OPTIMIZERS[which])
+        for which in (peers.BASE, peers.OURS)
     )
     times = measure.seconds({"base": base.step, "own": own.step}, budget)
     return {

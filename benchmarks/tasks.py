@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -19,6 +18,16 @@ from models.vit import ViT
 from weyl_optax.flax import dimension_numbers
 
 Name = Literal["gpt-nano", "vit-nano", "gpt2-small", "gpt2-small-0.5M", "vit-base"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Time the training steps of models."""
+
+    models: tuple[Name, ...] = ("gpt-nano", "vit-nano")
+    """What to train; those that are not nano are for a GPU."""
+    seconds: float = 20.0
+    """Time for each model."""
 
 
 class Task(NamedTuple):
@@ -60,18 +69,16 @@ class Training:
     """A task in training.
 
     Args:
-        task: What is trained.
+        task: What is trained. The first step takes the arrays of its model.
         make_optimizer: From the dimension numbers of the model.
     """
 
     def __init__(self, task: Task, make_optimizer: Callable[[Any], optax.GradientTransformation]):
         optimizer = make_optimizer(nnx.to_pure_dict(dimension_numbers(task.model)))
-        self.graph, params, rest = nnx.split(task.model, nnx.Param, ...)
-        params, rest = jax.tree.map(jnp.copy, (nnx.as_pure(params), nnx.as_pure(rest)))
-        opt_state = jax.jit(optimizer.init)(params)
-        self.state = {"params": params, "rest": rest, "opt_state": opt_state}
+        self.graph, self.state, self._update = training.start(
+            task.model, task.loss, optimizer, task.accumulate
+        )
         self.batch = task.batch
-        self._update = training.make_update(self.graph, task.loss, optimizer, task.accumulate)
 
     def step(self) -> jax.Array:
         """Takes a step.

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,18 @@ import tyro
 
 from benchmarks import measure, peers, trees, updates
 
+TreeName: TypeAlias = Literal[*trees.TREES]
+OptimizerName: TypeAlias = Literal[*peers.OPTIMIZERS]
+
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
     """Time one jitted, donated update of every optimizer in turns with one of optax.adamw."""
 
-    trees: tuple[str, ...] = tuple(trees.TREES)
+    trees: tuple[TreeName, ...] = tuple(trees.TREES)
     """Parameter trees."""
-    optimizers: tuple[str, ...] = tuple(peers.OPTIMIZERS)
-    """Optimizers; the first four are quick."""
+    optimizers: tuple[OptimizerName, ...] = tuple(peers.OPTIMIZERS)
+    """Optimizers; muon and the exact SVD take minutes for an update of GPT-2."""
     seconds: float = 20.0
     """Time for each optimizer on each tree, compilation not counted."""
     out: Path = Path("runs/benchmarks/update_cost.json")

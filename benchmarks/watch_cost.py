@@ -13,13 +13,9 @@ from weyl_optax.dynamics import watch
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags:
+class Flags(tasks.Flags):
     """Time a training step and a call of watch, in turns."""
 
-    models: tuple[tasks.Name, ...] = ("gpt-nano", "vit-nano")
-    """What to train; those that are not nano are for a GPU."""
-    seconds: float = 20.0
-    """Time for each model."""
     out: Path = Path("runs/benchmarks/watch_cost.json")
     """The file for the table."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.optimizers import LABELS
@@ -41,6 +42,12 @@ def curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([s for s, _ in found]), np.array([v for _, v in found], float)
 
 
+def style(ax: Axes) -> None:
+    """Two spines and a faint grid."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+
+
 def grid(
     rows: int, columns: int, size: tuple[float, float], **share: bool
 ) -> tuple[Figure, np.ndarray]:
@@ -48,8 +55,7 @@ def grid(
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **share)
     for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
+        style(ax)
     for ax in axes[-1]:
         ax.set_xlabel("step")
     return figure, axes

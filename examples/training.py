@@ -71,10 +71,7 @@ def train(
     Raises:
         Stopped: After Ctrl-C, with everything saved.
     """
-    graph, params, rest = nnx.split(task.model, nnx.Param, ...)
-    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
-    state = {"params": params, "rest": rest, "opt_state": jax.jit(optimizer.init)(params)}
-    update = make_update(graph, task.loss, optimizer, plan.accumulate)
+    graph, state, update = start(task.model, task.loss, optimizer, plan.accumulate)
     validate = _make_validate(graph, task)
 
     def merge(state: dict[str, Any]) -> nnx.Module:
@@ -138,10 +135,18 @@ def train(
     return merge(state)
 
 
-def make_update(
-    graph: nnx.GraphDef, loss: Callable, optimizer: optax.GradientTransformation, accumulate: int
-) -> Callable[[dict[str, Any], Any], tuple[dict[str, Any], jax.Array]]:
-    """One step of the optimizer on a batch, gone through in `accumulate` parts."""
+def start(
+    model: nnx.Module, loss: Callable, optimizer: optax.GradientTransformation, accumulate: int
+) -> tuple[nnx.GraphDef, dict[str, Any], Callable]:
+    """What a training begins with.
+
+    Returns:
+        The graph of the model, the state, and `update(state, batch) -> (state, loss)`: a step
+        of the optimizer on a batch, gone through in `accumulate` parts. It donates the state.
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+    state = {"params": params, "rest": rest, "opt_state": jax.jit(optimizer.init)(params)}
 
     def loss_fn(params: Any, rest: Any, batch: Any) -> tuple[jax.Array, Any]:
         model = nnx.merge(graph, params, rest)
@@ -165,7 +170,7 @@ def make_update(
         params = optax.apply_updates(params, updates)
         return {"params": params, "rest": rest, "opt_state": opt_state}, total / accumulate
 
-    return update
+    return graph, state, update
 
 
 def _make_validate(graph: nnx.GraphDef, task: Task) -> Callable[[dict[str, Any]], dict[str, float]]:
