@@ -15,8 +15,8 @@ class WeylBoundState(NamedTuple):
     """State of :func:`scale_by_weyl_bound`. Its dicts are keyed by a leaf's path."""
 
     count: jax.Array  # shape=(), dtype=int32. Updates so far.
-    weight_block: dict[str, jax.Array]  # 8 vectors for each matrix, float32 at least.
-    update_block: dict[str, jax.Array]  # 8 vectors for each matrix, float32 at least.
+    weight_block: dict[str, jax.Array]  # 8 vectors for each matrix with sides above 16.
+    update_block: dict[str, jax.Array]  # 8 vectors for each matrix with sides above 16.
     sigma_weight: dict[str, jax.Array]  # shape=batch. Norm of the weight, last update.
     sigma_update: dict[str, jax.Array]  # shape=batch. Norm of the update, last update.
     scale: dict[str, jax.Array]  # shape=batch. Factor applied to the last update.
@@ -82,8 +82,8 @@ def scale_by_weyl_bound(
             :func:`weyl_optax.flax.dimension_numbers`.
         num_iters: Iterations, at least 1, of the estimator of :math:`\sigma_1` at each
             update. It starts from the singular vectors of the last update, where one
-            is nearly always enough; each reads the weights and the updates twice. A
-            matrix that is not zero for the first time gets eight.
+            is nearly always enough; each reads the weights and the updates twice. (A
+            matrix with a side of at most 16 is read once, and its norm is exact.)
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
@@ -127,8 +127,7 @@ def scale_by_weyl_bound(
             [weights],
             matrices,
             [_subspace.random_blocks(weights, matrices, seed=0)],
-            [_subspace.zero_norms(weights, matrices)],
-            num_iters,
+            _subspace.COLD_ITERS,
         )
         return WeylBoundState(
             count=jnp.zeros([], jnp.int32),
@@ -164,11 +163,11 @@ def scale_by_weyl_bound(
                 raise ValueError(
                     f"The leaf {path!r} has shape {given} in updates, {expected} in params."
                 )
+        start = _subspace.with_own_rows(steps, matrices, state.update_block, state.sigma_update)
         (weight_block, update_block), (sigma_weight, sigma_update) = _subspace.norms(
             [weights, steps],
             matrices,
-            [state.weight_block, state.update_block],
-            [state.sigma_weight, state.sigma_update],
+            [state.weight_block, start],
             num_iters,
         )
         max_growth = value_at(tau, state.count)

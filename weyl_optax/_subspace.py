@@ -7,26 +7,27 @@ One iteration on a matrix :math:`A`, from a block :math:`V` of :math:`k` vectors
     R = A V, \qquad Z = A^H R, \qquad V \leftarrow \text{a basis of } Z.
 
 It reads :math:`A` twice, and costs hardly more than with a single vector, since
-the products are bound by reading :math:`A`. The rest is :math:`k \times k`: on an
-accelerator, one batch of all the matrices of a model; on a CPU, leaf by leaf.
+the products are bound by reading :math:`A`. The rest is :math:`k \times k`.
+
+A matrix with a short side is read once: its norm is that of the Gram matrix of this side.
 """
 
 import functools
-import itertools
 import math
 import string
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from weyl_optax import _small
 from weyl_optax._matrices import Matrices
 
 BLOCK_SIZE = 8  # vectors kept for each matrix
-COLD_ITERS = 8  # iterations for a matrix that is met for the first time
-EIGH_WORK = 2**14  # operations, as b k^3, of a batch that jaxlib leaves in one thread
+COLD_ITERS = 16  # iterations that find a norm from nothing
+SHORT_SIDE = 16  # up to which a Gram matrix is cheaper than a search, and exact
 
 Arrays: TypeAlias = dict[str, jax.Array]
 
@@ -37,18 +38,18 @@ def compute_dtype(x: jax.typing.ArrayLike) -> jnp.dtype:
 
 
 def random_blocks(leaves: Arrays, matrices: dict[str, Matrices], seed: int) -> Arrays:
-    """A random start for every matrix; vectors need none.
+    """A random start for every matrix that is searched.
 
     The matrices of one model may all start from the same numbers: what they are has
     nothing to do with them.
 
     Returns:
-        Keyed by path, `BLOCK_SIZE` vectors along the shorter side of the matrix:
-        shape (*batch, k, *output), or (*batch, *reduction, k).
+        Keyed by path, `BLOCK_SIZE` vectors along the shorter side of the matrix, of
+        length 1 about: shape (*batch, k, *output), or (*batch, *reduction, k).
     """
     shapes = {}
     for path, m in matrices.items():
-        if not m.is_vector:
+        if _is_searched(m):
             sizes = dict(zip(_Labels.of(m).leaf, m.shape, strict=True), y=BLOCK_SIZE)
             shapes[path] = tuple(sizes[label] for label in _Labels.of(m).near)
     batch_ranks = {path: len(matrices[path].batch) for path in shapes}
@@ -56,9 +57,10 @@ def random_blocks(leaves: Arrays, matrices: dict[str, Matrices], seed: int) -> A
     draw = jax.random.normal(jax.random.key(seed), (longest,))
 
     def block(path: str) -> jax.Array:
-        own = shapes[path][batch_ranks[path] :]
-        start = draw[: math.prod(own)].reshape(own).astype(compute_dtype(leaves[path]))
-        return jnp.tile(start, (*shapes[path][: batch_ranks[path]], *(1 for _ in own)))
+        batch, own = shapes[path][: batch_ranks[path]], shapes[path][batch_ranks[path] :]
+        length = math.sqrt(min(matrices[path].matrix_shape))
+        start = (draw[: math.prod(own)] / length).reshape(own).astype(compute_dtype(leaves[path]))
+        return jnp.tile(start, (*batch, *(1 for _ in own)))
 
     return {path: block(path) for path in shapes}
 
@@ -71,11 +73,29 @@ def zero_norms(leaves: Arrays, matrices: dict[str, Matrices]) -> Arrays:
     }
 
 
+def with_own_rows(
+    leaves: Arrays, matrices: dict[str, Matrices], blocks: Arrays, last: Arrays
+) -> Arrays:
+    """The blocks, with some of its rows added where a matrix is met for the first time.
+
+    A row of A is A^H times a unit vector, and so ahead of a random vector by half an iteration.
+
+    Args:
+        leaves: The arrays, keyed by path.
+        matrices: How they are read.
+        blocks: From `random_blocks` or from an earlier call of `norms`.
+        last: The norms that the earlier call found: 0 or NaN means that there was nothing.
+    """
+    return {
+        path: _with_own_rows(leaves[path], matrices[path], v, last[path])
+        for path, v in blocks.items()
+    }
+
+
 def norms(
     leaves: Sequence[Arrays],
     matrices: dict[str, Matrices],
     blocks: Sequence[Arrays],
-    last: Sequence[Arrays],
     num_iters: jax.typing.ArrayLike,
 ) -> tuple[list[Arrays], list[Arrays]]:
     """The spectral norms of several trees (weights, updates), in one iteration.
@@ -84,41 +104,43 @@ def norms(
         leaves: The arrays of each tree, keyed by path.
         matrices: How they are read, the same for each tree.
         blocks: Where to start, from `random_blocks` or from an earlier call.
-        last: The norms that the earlier call found. A matrix that is met for the
-            first time (its last norm was 0 or NaN) asks for `COLD_ITERS` iterations.
         num_iters: Number of iterations, at least 1. May be traced.
 
     Returns:
-        The new blocks, and the norms, of shape (*batch,) each: exact for vectors,
-        estimates from below for matrices, NaN where one is not finite. The block
-        of a matrix that is zero or not finite stays as it was.
+        The new blocks, and the norms, of shape (*batch,) each: exact for vectors and
+        matrices with a side of at most `SHORT_SIDE`, estimates from below for others, NaN
+        where one is not finite. The block of a matrix that is zero or not finite stays as
+        it was.
     """
-    keys = [(i, path) for i, tree in enumerate(blocks) for path in tree]
-    new_blocks, sigmas = _iterate(
+    trees = range(len(leaves))
+    found_blocks: list[Arrays] = [{} for _ in trees]
+    found_norms: list[Arrays] = [
+        {path: _vector_norm(leaves[i][path], m) for path, m in matrices.items() if m.is_vector}
+        for i in trees
+    ]
+    thin = [path for path, m in matrices.items() if not m.is_vector and not _is_searched(m)]
+    keys = [(i, path) for i in trees for path in thin]
+    sigmas = _gram_norms(
         [leaves[i][path] for i, path in keys],
         tuple(matrices[path] for _, path in keys),
-        tuple(path for _, path in keys),
+    )
+    for (i, path), sigma in zip(keys, sigmas, strict=True):
+        found_norms[i][path] = sigma
+
+    keys = [(i, path) for i in trees for path in blocks[i]]
+    searched = _search(
+        [leaves[i][path] for i, path in keys],
+        tuple(matrices[path] for _, path in keys),
         [blocks[i][path] for i, path in keys],
-        [last[i][path] for i, path in keys],
         num_iters,
     )
-    found_blocks: list[Arrays] = [{} for _ in leaves]
-    found_norms = [
-        {path: _vector_norm(tree[path], m) for path, m in matrices.items() if m.is_vector}
-        for tree in leaves
-    ]
-    for (i, path), block, sigma in zip(keys, new_blocks, sigmas, strict=True):
+    for (i, path), block, sigma in zip(keys, *searched, strict=True):
         found_blocks[i][path], found_norms[i][path] = block, sigma
     return found_blocks, found_norms
 
 
-def _vector_norm(x: jax.Array, matrices: Matrices) -> jax.Array:
-    """The 2-norm over all but the batch axes, without overflow or underflow."""
-    axes = matrices.reduction + matrices.output
-    x = jnp.abs(x.astype(compute_dtype(x)))
-    largest = jnp.max(x, axis=axes, keepdims=True)
-    x = x / jnp.where(largest > 0, largest, 1)
-    return jnp.squeeze(largest, axes) * jnp.sqrt(jnp.sum(x * x, axis=axes))
+def _is_searched(matrices: Matrices) -> bool:
+    return min(matrices.matrix_shape) > SHORT_SIDE
 
 
 class _Labels(NamedTuple):
@@ -146,56 +168,104 @@ class _Labels(NamedTuple):
         return cls(batch, leaf, *((rows, columns) if n <= m else (columns, rows)))
 
 
-@functools.partial(jax.jit, static_argnames=("matrices", "owners"))
-def _iterate(
+def _vector_norm(x: jax.Array, matrices: Matrices) -> jax.Array:
+    """The 2-norm over all but the batch axes, without overflow or underflow."""
+    axes = matrices.reduction + matrices.output
+    x, largest = _scaled(jnp.abs(x.astype(compute_dtype(x))), axes)
+    return largest * jnp.sqrt(jnp.sum(x * x, axis=axes))
+
+
+def _scaled(x: jax.Array, axes: Iterable[int]) -> tuple[jax.Array, jax.Array]:
+    """X over its largest absolute value, so that no square of it overflows, and this value."""
+    axes = tuple(axes)
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+    return x / jnp.where(largest > 0, largest, 1), jnp.squeeze(largest, axes)
+
+
+def _einsum(expression: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(expression, *operands, precision=lax.Precision.HIGHEST)
+
+
+def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.expand_dims(per_matrix, tuple(range(per_matrix.ndim, like.ndim)))
+
+
+@functools.partial(jax.jit, static_argnames="matrices")
+def _gram_norms(leaves: Sequence[jax.Array], matrices: Sequence[Matrices]) -> list[jax.Array]:
+    """The norms of matrices with a short side, from the Gram matrix of that side."""
+    grams, scales = [], []
+    for a, m in zip(leaves, matrices, strict=True):
+        labels, size = _Labels.of(m), min(m.matrix_shape)
+        a, scale = _scaled(a.astype(compute_dtype(a)), m.reduction + m.output)
+        side = labels.near.translate({ord(axis): None for axis in labels.batch + "y"})
+        other = labels.leaf.translate({ord(axis): axis.upper() for axis in side})
+        expression = f"{labels.leaf},{other}->{labels.batch}{side}{side.upper()}"
+        grams.append((_einsum(expression, jnp.conj(a), a).reshape(-1, size, size),))
+        scales.append(scale)
+    largest = _small.solve(_largest_eigenvalue, grams)
+    return [
+        scale * jnp.sqrt(square.reshape(scale.shape))
+        for scale, (square,) in zip(scales, largest, strict=True)
+    ]
+
+
+def _largest_eigenvalue(gram: jax.Array) -> tuple[jax.Array]:
+    finite = jnp.isfinite(gram).all((-1, -2), keepdims=True)
+    return (_small.eigvalsh(jnp.where(finite, gram, 0))[:, -1],)
+
+
+@functools.partial(jax.jit, static_argnames="matrices")
+def _with_own_rows(a: jax.Array, matrices: Matrices, v: jax.Array, last: jax.Array) -> jax.Array:
+    labels, batch = _Labels.of(matrices), len(matrices.batch)
+    far = [axis for axis, label in enumerate(labels.leaf) if label not in labels.near]
+    sizes, wanted = list(a.shape), BLOCK_SIZE
+    for axis in reversed(far):
+        sizes[axis] = min(sizes[axis], wanted)
+        wanted = math.ceil(wanted / sizes[axis])
+    corner = lax.slice(a.astype(v.dtype), [0] * a.ndim, sizes)
+    corner = jnp.moveaxis(corner, far, range(batch, batch + len(far)))
+    rows = corner.reshape(*matrices.batch_shape, -1, *corner.shape[batch + len(far) :])
+    rows = jnp.conj(lax.slice_in_dim(rows, 0, BLOCK_SIZE, axis=batch))
+    rows, scale = _scaled(jnp.moveaxis(rows, batch, labels.near.index("y")), range(batch, v.ndim))
+    return v + jnp.where(_expand(~(last > 0) & jnp.isfinite(scale), v), rows, 0)
+
+
+@functools.partial(jax.jit, static_argnames="matrices")
+def _search(
     leaves: Sequence[jax.Array],
     matrices: Sequence[Matrices],
-    owners: Sequence[str],
     blocks: Sequence[jax.Array],
-    last: Sequence[jax.Array],
     num_iters: jax.typing.ArrayLike,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    if not leaves:
-        return [], []
+    """The next block and the norm of every matrix."""
     labels = [_Labels.of(m) for m in matrices]
+    leaves = [a.astype(v.dtype) for a, v in zip(leaves, blocks, strict=True)]
+    nothing = [
+        jnp.zeros(m.batch_shape, jnp.finfo(v.dtype).dtype)
+        for m, v in zip(matrices, blocks, strict=True)
+    ]
 
-    def more(carry):
-        i, _, sigmas = carry
-        met = [jnp.any((new > 0) & ~(old > 0)) for new, old in zip(sigmas, last, strict=True)]
-        return (i < num_iters) | ((i < COLD_ITERS) & jnp.any(jnp.stack(met)))
+    def body(_: Any, carry: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], list[jax.Array]]:
+        return _iteration(leaves, labels, carry[0])
 
-    def body(carry):
-        i, blocks, _ = carry
-        return i + 1, *_iteration(leaves, labels, owners, blocks)
-
-    zeros = [jnp.zeros_like(sigma) for sigma in last]
-    _, blocks, sigmas = lax.while_loop(more, body, (0, list(blocks), zeros))
-    return blocks, sigmas
+    # XLA takes a loop of one turn apart, which a number known to it always is.
+    return lax.fori_loop(0, num_iters, body, (list(blocks), nothing))
 
 
 def _iteration(
     leaves: Sequence[jax.Array],
     labels: Sequence[_Labels],
-    owners: Sequence[str],
     blocks: Sequence[jax.Array],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """One iteration on every matrix: its next block and its norm."""
     products, small = [], []
     for a, label, v in zip(leaves, labels, blocks, strict=True):
-        r, z, factor = _products(a.astype(v.dtype), label, v)
+        r, z, factor = _products(a, label, v)
         products.append(z)
         grams = _gram(r, label.far, label), _gram(z, label.near, label)
         small.append((factor.reshape(-1), *(g.reshape(-1, *g.shape[-2:]) for g in grams)))
 
-    # An accelerator would be idle in calls so small: there, one has them all. On a CPU, XLA
-    # compiles kernels that are alike once, but the slice of every part of a result anew; so a
-    # call has the matrices of one leaf, of its weight and of its update.
-    dtypes = [v.dtype for v in blocks]
-    solved = lax.platform_dependent(
-        small,
-        cpu=lambda x: _in_batches(_rayleigh_ritz, x, list(zip(dtypes, owners, strict=True))),
-        default=lambda x: _in_batches(_rayleigh_ritz, x, dtypes),
-    )
+    solved = _small.solve(_rayleigh_ritz, small)
     next_blocks, sigmas = [], []
     for v, z, label, (sigma, turn, heard) in zip(blocks, products, labels, solved, strict=True):
         batch = v.shape[: len(label.batch)]
@@ -217,41 +287,14 @@ def _products(
     With R at most 1, no product and no Gram matrix overflows or underflows.
     """
     r = _einsum(f"{labels.leaf},{labels.near}->{labels.far}", a, v)
-    factor = jnp.max(jnp.abs(r), axis=tuple(range(len(labels.batch), r.ndim)))
-    divisor = jnp.where(factor == 0, 1, factor)
-    r = r / _expand(divisor, r)
+    r, factor = _scaled(r, range(len(labels.batch), r.ndim))
     z = jnp.conj(_einsum(f"{labels.far},{labels.leaf}->{labels.near}", jnp.conj(r), a))
-    return r, z / _expand(divisor, z), factor
-
-
-def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.expand_dims(per_matrix, tuple(range(per_matrix.ndim, like.ndim)))
+    return r, z / _expand(jnp.where(factor > 0, factor, 1), z), factor
 
 
 def _gram(x: jax.Array, x_labels: str, labels: _Labels) -> jax.Array:
     """X^H X, shape (*batch, k, k)."""
     return _einsum(f"{x_labels},{x_labels.replace('y', 'z')}->{labels.batch}yz", jnp.conj(x), x)
-
-
-def _einsum(expression: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(expression, *operands, precision=lax.Precision.HIGHEST)
-
-
-def _in_batches(
-    fn: Callable[..., tuple[jax.Array, ...]],
-    arguments: Sequence[tuple[jax.Array, ...]],
-    kinds: Sequence[Hashable],
-) -> list[tuple[jax.Array, ...]]:
-    """Calls `fn` on arrays of shape (b, ...), those of one kind joined into one call."""
-    results: dict[int, tuple[jax.Array, ...]] = {}
-    for kind in dict.fromkeys(kinds):
-        places = [i for i, other in enumerate(kinds) if other == kind]
-        parts = [arguments[i] for i in places]
-        ends = list(itertools.accumulate(len(part[0]) for part in parts))
-        outputs = fn(*map(jnp.concatenate, zip(*parts, strict=True)))
-        split = [jnp.split(y, ends[:-1]) for y in outputs]
-        results |= dict(zip(places, zip(*split, strict=True), strict=True))
-    return [results[i] for i in range(len(arguments))]
 
 
 def _rayleigh_ritz(
@@ -279,7 +322,7 @@ def _rayleigh_ritz(
     k, eps = gram_r.shape[-1], jnp.finfo(gram_r.dtype).eps
     finite = jnp.isfinite(factor) & jnp.isfinite(gram_z).all((-1, -2))
     gram_r, gram_z = (jnp.where(finite[:, None, None], x, 0) for x in (gram_r, gram_z))
-    s2, q = _eigh(gram_r)  # ascending
+    s2, q = _small.eigh(gram_r)  # ascending
     heard = s2 > k * eps * s2[..., -1:]
 
     def columns_over_root(x: jax.Array, squares: jax.Array) -> jax.Array:
@@ -287,26 +330,7 @@ def _rayleigh_ritz(
         return x * jnp.where(heard, lax.rsqrt(jnp.where(heard, squares, 1)), 0)[..., None, :]
 
     y = columns_over_root(q, s2)
-    t2, p = _eigh(jnp.swapaxes(jnp.conj(y), -1, -2) @ gram_z @ y)
+    t2, p = _small.eigh(_einsum("bji,bjk,bkl->bil", jnp.conj(y), gram_z, y))
     t2 = jnp.maximum(t2, eps * t2[..., -1:])
-    turn = columns_over_root(y @ p, t2)
+    turn = columns_over_root(_einsum("bij,bjk->bik", y, p), t2)
     return jnp.where(finite, factor * jnp.sqrt(t2[..., -1]), jnp.nan), turn, heard
-
-
-def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues and vectors of Hermitian matrices (b, k, k).
-
-    On a CPU, jaxlib spreads a batch that is worth it over XLA's threads, and waits for them in
-    one of these threads: with few of them, two batches in one program (the bounds of two
-    groups of an `optax.partition`, say) can wait for each other forever. So they go in parts
-    that are too small for that.
-    """
-    eigh = functools.partial(jnp.linalg.eigh, symmetrize_input=False)
-
-    def in_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        size = EIGH_WORK // x.shape[-1] ** 3
-        parts = [eigh(x[i : i + size]) for i in range(0, len(x), size)]
-        values, vectors = zip(*parts, strict=True)
-        return jnp.concatenate(values), jnp.concatenate(vectors)
-
-    return lax.platform_dependent(x, cpu=in_parts, default=lambda x: tuple(eigh(x)))

@@ -142,18 +142,21 @@ def test_norms_neither_overflow_nor_underflow(size):
 
 
 @pytest.mark.parametrize("later", [0, 1, 3])
-def test_an_update_met_for_the_first_time_gets_more_iterations(later):
-    """However late it comes: the gradient of LoRA's A is zero in the first step."""
-    spectrum = np.concatenate([[1.0], np.linspace(0.8, 0.1, 59)])
-    q = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 60, 60)))[0]
-    u = jnp.asarray(q[0] * spectrum @ q[1].T, jnp.float32)
-    params = {"a": jnp.eye(60), "b": jnp.eye(60)}
+def test_an_update_met_for_the_first_time_is_searched_from_its_own_rows(later):
+    """However late it comes: a gradient may be zero in the first steps.
+
+    Adam's first update holds the signs of the gradient, here of a batch of 4. From a random
+    block, one iteration finds a norm 4 to 10 % too low.
+    """
+    rng = np.random.default_rng(0)
+    u = np.sign(rng.normal(size=(120, 4)) @ rng.normal(size=(4, 100))).astype(np.float32)
+    params = {"a": jnp.eye(120, 100), "b": jnp.ones((120, 100))}
     solver = scale_by_weyl_bound(0.01)
     state = solver.init(params)
     for _ in range(later):
         _, state = solver.update({"a": 0 * u, "b": u}, state, params)
     _, state = solver.update({"a": u, "b": u}, state, params)
-    np.testing.assert_allclose(state.sigma_update["a"], 1, rtol=1e-3)
+    np.testing.assert_allclose(state.sigma_update["a"], exact(u), rtol=1e-2)
 
 
 def test_num_iters_raises_the_accuracy_to_the_exact_norm():
