@@ -29,8 +29,8 @@ class Flags:
 
 
 LEAST_BYTES = {
-    "floor of optax.adamw": 28,  # a parameter: reads w, g, m, v, and writes w, m, v
-    "floor of the bound": 40,  # reads w, g, m, v, writes m, v, u, and then reads u, w, writes w
+    "floor of optax.adamw": 28,  # a parameter: reads w, g, m, v, and writes m, v, u
+    "floor of the bound": 40,  # the same, and then reads u, w again, and writes u
 }
 
 

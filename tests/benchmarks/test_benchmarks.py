@@ -10,6 +10,7 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 from benchmarks import estimator_accuracy, measure, peers, scaling, trees
+from benchmarks.updates import Update
 
 
 @pytest.fixture
@@ -65,6 +66,19 @@ def test_every_optimizer_takes_a_step_on_a_small_tree(name):
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     assert jnp.isfinite(updates["w"]).all()
     assert float(jnp.vdot(updates["w"], grads["w"])) < 0  # downhill
+
+
+def test_an_update_goes_on_from_its_state():
+    shapes = {"w": jax.ShapeDtypeStruct((12, 8), np.float32)}
+    tree = trees.Tree(shapes, {"w": MuonDimensionNumbers(0, 1)})
+    params, grads = trees.fill(tree, 0), trees.fill(tree, 1)
+    optimizer = optax.adamw(1e-3)
+    own, state = Update(optimizer, tree, grads), optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(grads, state, params)
+        found, _ = own.step()
+        np.testing.assert_allclose(found["w"], updates["w"], rtol=1e-6)
+    assert own.state_bytes == 4 + 2 * 4 * 12 * 8  # a count and two moments
 
 
 def test_kinds_of_weights():
