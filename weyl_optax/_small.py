@@ -65,7 +65,6 @@ def _in_parts(fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
 
     def in_parts(x: jax.Array) -> Any:
         size = EIGH_WORK // x.shape[-1] ** 3
-        parts = [fn(x[i : i + size]) for i in range(0, len(x), size)]
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
+        return fn(x) if len(x) <= size else lax.map(fn, x, batch_size=size)
 
     return lax.platform_dependent(x, cpu=in_parts, default=fn)

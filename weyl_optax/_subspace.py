@@ -217,15 +217,16 @@ def _largest_eigenvalue(gram: jax.Array) -> tuple[jax.Array]:
 @functools.partial(jax.jit, static_argnames="matrices")
 def _with_own_rows(a: jax.Array, matrices: Matrices, v: jax.Array, last: jax.Array) -> jax.Array:
     labels, batch = _Labels.of(matrices), len(matrices.batch)
-    far = [axis for axis, label in enumerate(labels.leaf) if label not in labels.near]
+    near = [labels.leaf.index(label) for label in labels.near[batch:].replace("y", "")]
+    far = sorted(set(range(a.ndim)) - {*matrices.batch, *near})
     sizes, wanted = list(a.shape), BLOCK_SIZE
     for axis in reversed(far):
         sizes[axis] = min(sizes[axis], wanted)
         wanted = math.ceil(wanted / sizes[axis])
     corner = lax.slice(a.astype(v.dtype), [0] * a.ndim, sizes)
-    corner = jnp.moveaxis(corner, far, range(batch, batch + len(far)))
-    rows = corner.reshape(*matrices.batch_shape, -1, *corner.shape[batch + len(far) :])
-    rows = jnp.conj(lax.slice_in_dim(rows, 0, BLOCK_SIZE, axis=batch))
+    rows = jnp.conj(corner).transpose(*matrices.batch, *far, *near)
+    rows = rows.reshape(*matrices.batch_shape, -1, *(a.shape[axis] for axis in near))
+    rows = lax.slice_in_dim(rows, 0, BLOCK_SIZE, axis=batch)
     rows, scale = _scaled(jnp.moveaxis(rows, batch, labels.near.index("y")), range(batch, v.ndim))
     return v + jnp.where(_expand(~(last > 0) & jnp.isfinite(scale), v), rows, 0)
 

@@ -118,14 +118,17 @@ def _flat(jaxpr):
             yield from _flat(inner.jaxpr)
 
 
-@pytest.mark.parametrize("shape", [(150, 9, 8), (150, 30, 20)])
-def test_many_matrices_go_through_lapack_in_small_parts(shape):
-    # A batch of 79 or more would be spread over threads, and could wait for another one.
+@pytest.mark.parametrize(
+    ("shape", "size", "most"), [((150, 9, 8), 8, 32), ((150, 30, 20), 8, 32), ((50, 16, 40), 16, 4)]
+)
+def test_many_matrices_go_through_lapack_in_small_parts(shape, size, most):
+    # A batch of 79 or more (of 8 by 8) would be spread over threads, and could wait for another.
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     found = jax.jit(spectral_norm).lower(x)
-    batches = re.findall(r"lapack_ssyevd_ffi.*?\(tensor<(\d+)x8x8xf32>\)", found.as_text())
+    pattern = rf"lapack_ssyevd_ffi.*?\(tensor<(\d+)x{size}x{size}xf32>\)"
+    batches = re.findall(pattern, found.as_text())
     assert batches
-    assert max(map(int, batches)) <= 32
+    assert max(map(int, batches)) <= most
     np.testing.assert_allclose(
         found.compile()(x), np.linalg.norm(np.float64(x), 2, axis=(1, 2)), rtol=1e-5
     )
