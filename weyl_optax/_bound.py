@@ -82,8 +82,9 @@ def scale_by_weyl_bound(
             :func:`weyl_optax.flax.dimension_numbers`.
         num_iters: Iterations, at least 1, of the estimator of :math:`\sigma_1` at each
             update. It starts from the singular vectors of the last update, where one
-            is nearly always enough; each reads the weights and the updates twice. (A
-            matrix with a side of at most 16 is read once, and its norm is exact.)
+            is nearly always enough; each reads the weights and the updates twice. The
+            first update has no such start, and its norm can be some percent too low. The
+            norm of a matrix with a side of at most 16 is always exact.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
@@ -163,6 +164,7 @@ def scale_by_weyl_bound(
                 raise ValueError(
                     f"The leaf {path!r} has shape {given} in updates, {expected} in params."
                 )
+        steps = {p: jnp.asarray(steps[p], _subspace.compute_dtype(weights[p])) for p in matrices}
         start = _subspace.with_own_rows(steps, matrices, state.update_block, state.sigma_update)
         (weight_block, update_block), (sigma_weight, sigma_update) = _subspace.norms(
             [weights, steps],
@@ -170,6 +172,7 @@ def scale_by_weyl_bound(
             [state.weight_block, start],
             num_iters,
         )
+        update_block = _subspace.where_found(sigma_update, update_block, state.update_block)
         max_growth = value_at(tau, state.count)
         rate = value_at(learning_rate, state.count)
         scale = {}

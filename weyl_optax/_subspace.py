@@ -9,7 +9,7 @@ One iteration on a matrix :math:`A`, from a block :math:`V` of :math:`k` vectors
 It reads :math:`A` twice, and costs hardly more than with a single vector, since
 the products are bound by reading :math:`A`. The rest is :math:`k \times k`.
 
-A matrix with a short side is read once: its norm is that of the Gram matrix of this side.
+A matrix with a short side needs no search: its norm is that of the Gram matrix of this side.
 """
 
 import functools
@@ -28,6 +28,7 @@ from weyl_optax._matrices import Matrices
 BLOCK_SIZE = 8  # vectors kept for each matrix
 COLD_ITERS = 16  # iterations that find a norm from nothing
 SHORT_SIDE = 16  # up to which a Gram matrix is cheaper than a search, and exact
+FAINT = 2.0**-10  # of a start, beside the vectors of unit length of a block that was searched
 
 Arrays: TypeAlias = dict[str, jax.Array]
 
@@ -45,7 +46,7 @@ def random_blocks(leaves: Arrays, matrices: dict[str, Matrices], seed: int) -> A
 
     Returns:
         Keyed by path, `BLOCK_SIZE` vectors along the shorter side of the matrix, of
-        length 1 about: shape (*batch, k, *output), or (*batch, *reduction, k).
+        length `FAINT` about: shape (*batch, k, *output), or (*batch, *reduction, k).
     """
     shapes = {}
     for path, m in matrices.items():
@@ -58,8 +59,8 @@ def random_blocks(leaves: Arrays, matrices: dict[str, Matrices], seed: int) -> A
 
     def block(path: str) -> jax.Array:
         batch, own = shapes[path][: batch_ranks[path]], shapes[path][batch_ranks[path] :]
-        length = math.sqrt(min(matrices[path].matrix_shape))
-        start = (draw[: math.prod(own)] / length).reshape(own).astype(compute_dtype(leaves[path]))
+        size = FAINT / math.sqrt(min(matrices[path].matrix_shape))
+        start = (draw[: math.prod(own)] * size).reshape(own).astype(compute_dtype(leaves[path]))
         return jnp.tile(start, (*batch, *(1 for _ in own)))
 
     return {path: block(path) for path in shapes}
@@ -76,20 +77,26 @@ def zero_norms(leaves: Arrays, matrices: dict[str, Matrices]) -> Arrays:
 def with_own_rows(
     leaves: Arrays, matrices: dict[str, Matrices], blocks: Arrays, last: Arrays
 ) -> Arrays:
-    """The blocks, with some of its rows added where a matrix is met for the first time.
+    """The blocks, with some of its rows added where a matrix was zero, or not finite, before.
 
     A row of A is A^H times a unit vector, and so ahead of a random vector by half an iteration.
+    The rows are as faint as a random start: a block that was searched goes on almost unchanged.
 
     Args:
         leaves: The arrays, keyed by path.
         matrices: How they are read.
         blocks: From `random_blocks` or from an earlier call of `norms`.
-        last: The norms that the earlier call found: 0 or NaN means that there was nothing.
+        last: The norms that were found last.
     """
     return {
         path: _with_own_rows(leaves[path], matrices[path], v, last[path])
         for path, v in blocks.items()
     }
+
+
+def where_found(norms: Arrays, new: Arrays, old: Arrays) -> Arrays:
+    """The new blocks, but the old ones of matrices that are zero or not finite."""
+    return {path: jnp.where(_expand(norms[path] > 0, v), v, old[path]) for path, v in new.items()}
 
 
 def norms(
@@ -98,7 +105,7 @@ def norms(
     blocks: Sequence[Arrays],
     num_iters: jax.typing.ArrayLike,
 ) -> tuple[list[Arrays], list[Arrays]]:
-    """The spectral norms of several trees (weights, updates), in one iteration.
+    """The spectral norms of several trees (weights, updates), searched together.
 
     Args:
         leaves: The arrays of each tree, keyed by path.
@@ -197,21 +204,17 @@ def _gram_norms(leaves: Sequence[jax.Array], matrices: Sequence[Matrices]) -> li
     for a, m in zip(leaves, matrices, strict=True):
         labels, size = _Labels.of(m), min(m.matrix_shape)
         a, scale = _scaled(a.astype(compute_dtype(a)), m.reduction + m.output)
+        a = jnp.where(jnp.isfinite(jnp.expand_dims(scale, m.reduction + m.output)), a, 0)
         side = labels.near.translate({ord(axis): None for axis in labels.batch + "y"})
         other = labels.leaf.translate({ord(axis): axis.upper() for axis in side})
         expression = f"{labels.leaf},{other}->{labels.batch}{side}{side.upper()}"
         grams.append((_einsum(expression, jnp.conj(a), a).reshape(-1, size, size),))
         scales.append(scale)
-    largest = _small.solve(_largest_eigenvalue, grams)
+    eigenvalues = _small.solve(lambda gram: (_small.eigvalsh(gram),), grams)
     return [
-        scale * jnp.sqrt(square.reshape(scale.shape))
-        for scale, (square,) in zip(scales, largest, strict=True)
+        scale * jnp.sqrt(squares[:, -1].reshape(scale.shape))
+        for scale, (squares,) in zip(scales, eigenvalues, strict=True)
     ]
-
-
-def _largest_eigenvalue(gram: jax.Array) -> tuple[jax.Array]:
-    finite = jnp.isfinite(gram).all((-1, -2), keepdims=True)
-    return (_small.eigvalsh(jnp.where(finite, gram, 0))[:, -1],)
 
 
 @functools.partial(jax.jit, static_argnames="matrices")
@@ -219,16 +222,18 @@ def _with_own_rows(a: jax.Array, matrices: Matrices, v: jax.Array, last: jax.Arr
     labels, batch = _Labels.of(matrices), len(matrices.batch)
     near = [labels.leaf.index(label) for label in labels.near[batch:].replace("y", "")]
     far = sorted(set(range(a.ndim)) - {*matrices.batch, *near})
-    sizes, wanted = list(a.shape), BLOCK_SIZE
-    for axis in reversed(far):
-        sizes[axis] = min(sizes[axis], wanted)
-        wanted = math.ceil(wanted / sizes[axis])
-    corner = lax.slice(a.astype(v.dtype), [0] * a.ndim, sizes)
-    rows = jnp.conj(corner).transpose(*matrices.batch, *far, *near)
+    limits, strides, wanted = list(a.shape), [1] * a.ndim, BLOCK_SIZE
+    for axis in far:
+        count = min(a.shape[axis], wanted)
+        strides[axis] = a.shape[axis] // count
+        limits[axis] = (count - 1) * strides[axis] + 1
+        wanted = math.ceil(wanted / count)
+    sample = lax.slice(a.astype(v.dtype), [0] * a.ndim, limits, strides)
+    rows = jnp.conj(sample).transpose(*matrices.batch, *far, *near)
     rows = rows.reshape(*matrices.batch_shape, -1, *(a.shape[axis] for axis in near))
     rows = lax.slice_in_dim(rows, 0, BLOCK_SIZE, axis=batch)
     rows, scale = _scaled(jnp.moveaxis(rows, batch, labels.near.index("y")), range(batch, v.ndim))
-    return v + jnp.where(_expand(~(last > 0) & jnp.isfinite(scale), v), rows, 0)
+    return v + jnp.where(_expand(~(last > 0) & jnp.isfinite(scale), v), FAINT * rows, 0)
 
 
 @functools.partial(jax.jit, static_argnames="matrices")
@@ -249,7 +254,8 @@ def _search(
     def body(_: Any, carry: tuple[list[jax.Array], Any]) -> tuple[list[jax.Array], list[jax.Array]]:
         return _iteration(leaves, labels, carry[0])
 
-    # XLA takes a loop of one turn apart, which a number known to it always is.
+    # XLA removes the loop where it knows that num_iters is 1.
+    num_iters = jnp.ceil(num_iters).astype(jnp.int32)
     return lax.fori_loop(0, num_iters, body, (list(blocks), nothing))
 
 

@@ -17,8 +17,8 @@ def normal(seed, shape, dtype=jnp.float32):
 
 
 def test_the_update_after_an_optimizer_is_scaled_to_tau_times_the_norm():
-    params = {"w": normal(0, (5, 24, 16))}
-    updates = {"w": 100 * normal(1, (5, 24, 16))}
+    params = {"w": normal(0, (5, 24, 20))}
+    updates = {"w": 100 * normal(1, (5, 24, 20))}
     solver = scale_by_weyl_bound(0.004, num_iters=100)
     bounded, _ = solver.update(updates, solver.init(params), params)
     np.testing.assert_allclose(exact(bounded["w"]), 0.004 * exact(params["w"]), rtol=1e-5)
@@ -117,12 +117,14 @@ def test_a_step_that_is_not_finite_is_seen_and_then_forgotten(bad, at):
     state = solver.init(params)
     for _ in range(at):
         _, state = solver.update(good, state, params)
+    kept = state.update_block["w"][1]
     bounded, state = solver.update(broken, state, params)
     assert not np.isfinite(bounded["w"][1]).any()
     assert not np.isfinite(bounded["b"]).all()
     assert np.isfinite(bounded["w"][0]).all()  # another matrix of the same leaf
-    for block in (*state.weight_block.values(), *state.update_block.values()):
+    for block in state.weight_block.values():
         assert np.isfinite(block).all()
+    np.testing.assert_array_equal(state.update_block["w"][1], kept)
     bounded, state = solver.update(good, state, params)
     np.testing.assert_allclose(exact(bounded["w"]), 0.01 * exact(params["w"]), rtol=1e-4)
     np.testing.assert_allclose(bounded["b"], 0.01 * np.ones(5), rtol=1e-6)
@@ -166,10 +168,17 @@ def test_an_update_met_for_the_first_time_is_searched_from_its_own_rows(later):
 
 @pytest.mark.parametrize(
     ("reduction", "output"),
-    [((1,), (2, 3)), ((1,), (3, 2)), ((3, 1), (2,)), ((2, 1), (3,)), ((1, 2, 3), (0,))],
+    [
+        ((1,), (2, 3)),
+        ((0,), (3, 1)),
+        ((3, 0), (2,)),
+        ((2, 1), (3,)),
+        ((0, 1, 2), (3,)),
+        ((1, 3), (0, 2)),
+    ],
 )
 def test_rows_of_a_matrix_follow_its_axes(reduction, output):
-    shape = (40, 50, 6, 60)
+    shape = (40, 18, 20, 30)
     batch = sorted({0, 1, 2, 3} - {*reduction, *output})
     order = (*batch, *reduction, *output)
     m, n = (int(np.prod([shape[axis] for axis in axes])) for axes in (reduction, output))
@@ -180,6 +189,19 @@ def test_rows_of_a_matrix_follow_its_axes(reduction, output):
     solver = scale_by_weyl_bound(weight_dimension_numbers=numbers)
     _, state = solver.update(params, solver.init(params), params)
     np.testing.assert_allclose(state.sigma_update["w"], exact(u), rtol=3e-2)
+
+
+@pytest.mark.parametrize("gap", [0.0, np.nan])
+def test_a_zero_or_broken_update_does_not_forget_the_search(gap):
+    params = {"w": normal(0, (60, 50))}
+    u = normal(1, (60, 50))
+    solver = scale_by_weyl_bound(0.01)
+    state = solver.init(params)
+    for _ in range(60):
+        _, state = solver.update({"w": u}, state, params)
+    _, state = solver.update({"w": gap * u}, state, params)
+    _, state = solver.update({"w": u}, state, params)
+    np.testing.assert_allclose(state.sigma_update["w"], exact(u), rtol=1e-5)
 
 
 def test_num_iters_raises_the_accuracy_to_the_exact_norm():

@@ -18,8 +18,8 @@ from weyl_optax import adamw2, bound_metrics, scale_by_weyl_bound
 from weyl_optax.flax import dimension_numbers
 
 PARAMS = {
-    "w": jax.random.normal(jax.random.key(0), (24, 12)),
-    "stack": jax.random.normal(jax.random.key(1), (3, 8, 16)),
+    "w": jax.random.normal(jax.random.key(0), (24, 20)),
+    "stack": jax.random.normal(jax.random.key(1), (3, 18, 20)),
     "b": jnp.ones(5),
 }
 GRADS = jax.tree.map(lambda x: 10 * jnp.cos(7 * x), PARAMS)
@@ -125,12 +125,10 @@ def test_inject_hyperparams_of_every_number(name, value):
     state.hyperparams[name] = jnp.asarray(value, dtype)
     updates, _ = jax.jit(solver.update)(GRADS, state, PARAMS)
     plain = scale_by_weyl_bound(**{name: value})
-    # The start is that of the default; the exact value may differ by the estimator's error.
     expected, _ = jax.jit(plain.update)(GRADS, plain.init(PARAMS), PARAMS)
-    assert_close(updates, expected, rtol=2e-2)
+    assert_close(updates, expected)
     default, _ = steps(scale_by_weyl_bound(), count=1)
-    if name != "num_iters":
-        assert np.abs(updates["w"] / default["w"] - 1).max() > 0.1
+    assert np.abs(updates["w"] / default["w"] - 1).max() > (0.01 if name == "num_iters" else 0.1)
 
 
 def test_inject_hyperparams_of_schedules():
@@ -283,7 +281,7 @@ DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype):
     rng = np.random.default_rng(0)
-    w, u = (rng.normal(size=(2, 20, 12)) + 1j * rng.normal(size=(2, 20, 12)) for _ in range(2))
+    w, u = (rng.normal(size=(2, 24, 20)) + 1j * rng.normal(size=(2, 24, 20)) for _ in range(2))
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         w, u = w.real, u.real
     params, updates = {"w": jnp.asarray(w, dtype)}, {"w": jnp.asarray(u, dtype)}
@@ -298,7 +296,7 @@ def test_dtypes(dtype):
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.complex128])
 def test_double_precision_stays_double(x64, dtype):
     rng = np.random.default_rng(0)
-    w = rng.normal(size=(20, 12)) + (dtype == jnp.complex128) * 1j * rng.normal(size=(20, 12))
+    w = rng.normal(size=(24, 20)) + (dtype == jnp.complex128) * 1j * rng.normal(size=(24, 20))
     w = w.astype(dtype) if dtype == jnp.complex128 else w.real
     params = {"w": jnp.asarray(w)}
     bounded, state = steps(scale_by_weyl_bound(0.01, num_iters=60), params, params)
@@ -309,19 +307,19 @@ def test_double_precision_stays_double(x64, dtype):
 
 def test_mixed_dtypes_in_one_tree(x64):
     params = {
-        "half": jnp.ones((4, 9), jnp.bfloat16),
-        "single": jnp.ones((4, 9), jnp.float32),
-        "double": jnp.ones((4, 9), jnp.float64),
+        "half": jnp.ones((18, 32), jnp.bfloat16),
+        "single": jnp.ones((18, 32), jnp.float32),
+        "double": jnp.ones((18, 32), jnp.float64),
     }
     bounded, state = steps(scale_by_weyl_bound(0.01), params, params)
     for name in params:
-        np.testing.assert_allclose(state.sigma_weight[name], 6, rtol=1e-6)
+        np.testing.assert_allclose(state.sigma_weight[name], 24, rtol=1e-6)
         assert bounded[name].dtype == params[name].dtype
 
 
 def test_updates_of_another_dtype_than_params():
     params = {"w": PARAMS["w"].astype(jnp.bfloat16)}
-    updates, state = steps(scale_by_weyl_bound(0.01), params, {"w": GRADS["w"]})
+    updates, state = steps(scale_by_weyl_bound(0.01, num_iters=20), params, {"w": GRADS["w"]})
     assert updates["w"].dtype == jnp.float32
     norm = np.linalg.norm(GRADS["w"], 2)
     np.testing.assert_allclose(state.sigma_update["w"], norm, rtol=1e-3)
@@ -378,7 +376,12 @@ def test_update_keeps_the_shapes_and_dtypes_of_the_state():
 
 
 def test_no_two_leaves_of_the_state_share_a_buffer():
-    params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8)), "c": jnp.ones((2, 8, 8))}
+    params = {
+        "a": jnp.ones((20, 20)),
+        "b": jnp.ones((20, 20)),
+        "c": jnp.ones((2, 20, 20)),
+        "d": jnp.ones(5),
+    }
     for init in (scale_by_weyl_bound().init, jax.jit(scale_by_weyl_bound().init)):
         pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(init(params)) if x.size]
         assert len(set(pointers)) == len(pointers)

@@ -18,8 +18,8 @@ from weyl_optax._subspace import _Labels, _rayleigh_ritz
 
 @st.composite
 def leaves(draw):
-    """A shape of rank 0 to 5, and its axes dealt out to batch, reduction and output."""
-    shape = draw(st.lists(st.integers(1, 6), min_size=0, max_size=5))
+    """A shape of rank 0 to 4, and its axes dealt out to batch, reduction and output."""
+    shape = draw(st.lists(st.sampled_from([1, 2, 5, 18]), min_size=0, max_size=4))
     roles = draw(st.lists(st.sampled_from("bro"), min_size=len(shape), max_size=len(shape)))
     axes = {role: [i for i, r in enumerate(roles) if r == role] for role in "ro"}
     order = {role: tuple(draw(st.permutations(axes[role]))) for role in "ro"}
@@ -35,7 +35,6 @@ def test_equals_the_exact_norm_for_any_shape_axes_and_dtype(leaf):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=shape) + (1j * rng.normal(size=shape) if dtype == "complex64" else 0)
     x = jnp.asarray(x, dtype)
-    # Short sides are below the block size, so that a few iterations are exact.
     found = spectral_norm(x, MuonDimensionNumbers(reduction, output), num_iters=40)
     kept = np.asarray(x.astype(jnp.complex64), np.complex128)
     exact = reference.sigma(kept, reduction, output).squeeze((*reduction, *output))
