@@ -22,7 +22,7 @@ class Flags:
     """Parameter trees."""
     optimizers: tuple[OptimizerName, ...] = tuple(peers.OPTIMIZERS)
     """Optimizers; muon and the exact SVD take minutes for an update of GPT-2."""
-    seconds: float = 20.0
+    seconds: float = 10.0
     """Time for each optimizer on each tree, compilation not counted."""
     out: Path = Path("runs/benchmarks/update_cost.json")
     """The file for the table."""
