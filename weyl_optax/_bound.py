@@ -15,8 +15,8 @@ class WeylBoundState(NamedTuple):
     """State of :func:`scale_by_weyl_bound`. Its dicts are keyed by a leaf's path."""
 
     count: jax.Array  # shape=(), dtype=int32. Updates so far.
-    weight_block: dict[str, jax.Array]  # 8 vectors for each matrix with sides above 16.
-    update_block: dict[str, jax.Array]  # 8 vectors for each matrix with sides above 16.
+    weight_block: dict[str, jax.Array]  # 8 vectors, for sides above 16; float32 at least.
+    update_block: dict[str, jax.Array]  # 8 vectors, for sides above 16; float32 at least.
     sigma_weight: dict[str, jax.Array]  # shape=batch. Norm of the weight, last update.
     sigma_update: dict[str, jax.Array]  # shape=batch. Norm of the update, last update.
     scale: dict[str, jax.Array]  # shape=batch. Factor applied to the last update.
