@@ -83,7 +83,7 @@ def with_own_rows(
     The rows are as faint as a random start: a block that was searched goes on almost unchanged.
 
     Args:
-        leaves: The arrays, keyed by path.
+        leaves: The arrays, keyed by path, of the dtype of their blocks.
         matrices: How they are read.
         blocks: From `random_blocks` or from an earlier call of `norms`.
         last: The norms that were found last.
@@ -228,7 +228,7 @@ def _with_own_rows(a: jax.Array, matrices: Matrices, v: jax.Array, last: jax.Arr
         strides[axis] = a.shape[axis] // count
         limits[axis] = (count - 1) * strides[axis] + 1
         wanted = math.ceil(wanted / count)
-    sample = lax.slice(a.astype(v.dtype), [0] * a.ndim, limits, strides)
+    sample = lax.slice(a, [0] * a.ndim, limits, strides)
     rows = jnp.conj(sample).transpose(*matrices.batch, *far, *near)
     rows = rows.reshape(*matrices.batch_shape, -1, *(a.shape[axis] for axis in near))
     rows = lax.slice_in_dim(rows, 0, BLOCK_SIZE, axis=batch)
