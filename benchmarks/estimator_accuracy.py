@@ -1,4 +1,4 @@
-"""How exact the spectral norms of the bound are, on the weights and updates of real runs."""
+"""How exact the spectral norms of the bound are: on real runs, and on updates made to hide."""
 
 import contextlib
 import dataclasses
@@ -16,10 +16,10 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks import measure, peers
+from benchmarks import adversarial, measure, peers
 from examples import nano, training
 from examples.optimizers import is_decayed, make_schedule
-from weyl_optax import scale_by_weyl_bound
+from weyl_optax import bound_metrics, scale_by_weyl_bound
 from weyl_optax.flax import dimension_numbers
 
 PHASES = {
@@ -38,7 +38,10 @@ MIN_STD = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Train the nano models without warmup, and compare every estimate with an exact SVD."""
+    """Train the nano models without warmup, and compare every estimate with an exact SVD.
+
+    Then do the same with streams of updates that leave the subspace of a warm start.
+    """
 
     models: tuple[Literal["gpt", "vit"], ...] = ("gpt", "vit")
     """What to train."""
@@ -103,13 +106,14 @@ def run(model: nano.Nano, steps: int) -> Iterator[Step]:
         for step in tqdm(range(steps), mininterval=10):
             weights = matrices(state["params"], numbers)
             state, _ = update(state, next(task.batches))
-            _, _, recorded, found, _ = jax.device_get(state["opt_state"])
+            recorded = jax.device_get(state["opt_state"][2])
+            found = jax.device_get(bound_metrics(state["opt_state"]))
             yield Step(
                 float(rate(step)),
                 weights,
                 matrices(recorded.updates, numbers),
-                {path: found.sigma_weight[path].ravel() for path in weights},
-                {path: found.sigma_update[path].ravel() for path in weights},
+                {path: found[f"{path}/sigma_weight"].ravel() for path in weights},
+                {path: found[f"{path}/sigma_update"].ravel() for path in weights},
             )
 
 
@@ -152,11 +156,39 @@ def cold(num_iters: int) -> Estimator:
     return lambda step: jax.device_get((of_each(step.weights), of_each(step.updates)))
 
 
-ESTIMATORS: dict[str, Estimator] = {
-    peers.OURS: ours,
-    "2 cold iterations": cold(2),
-    "3 cold iterations": cold(3),
-}
+def warm_vector() -> Estimator:
+    """One power iteration in each step, from the singular vector of the last step."""
+    kept: dict[str, Arrays] = {"weights": {}, "updates": {}}
+
+    @jax.jit
+    def iterate(a: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u = jnp.einsum("bmn,bn->bm", a, v)
+        z = jnp.einsum("bmn,bm->bn", a, u / _at_least_tiny(u))
+        return jnp.linalg.norm(z, axis=-1), z / _at_least_tiny(z)
+
+    def norms(of: str, arrays: Arrays) -> Arrays:
+        found = {}
+        for path, a in arrays.items():
+            start = np.random.default_rng(0).normal(size=a.shape[::2]).astype(a.dtype)
+            found[path], kept[of][path] = iterate(a, kept[of].get(path, start))
+        return jax.device_get(found)
+
+    return lambda step: (norms("weights", step.weights), norms("updates", step.updates))
+
+
+def _at_least_tiny(x: jax.Array) -> jax.Array:
+    norms = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return jnp.maximum(norms, jnp.finfo(x.dtype).tiny)
+
+
+def estimators() -> dict[str, Estimator]:
+    """All, at their start."""
+    return {
+        peers.OURS: ours,
+        "1 warm iteration of one vector": warm_vector(),
+        "2 cold iterations": cold(2),
+        "3 cold iterations": cold(3),
+    }
 
 
 def follow(model: nano.Nano, steps: int) -> dict[str, dict[str, np.ndarray]]:
@@ -168,9 +200,10 @@ def follow(model: nano.Nano, steps: int) -> dict[str, dict[str, np.ndarray]]:
         norm grows in a step with this estimator.
     """
     config = model.config
-    found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in ESTIMATORS}
+    compared = estimators()
+    found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in compared}
     for step in run(model, steps):
-        estimates = {name: estimate(step) for name, estimate in ESTIMATORS.items()}
+        estimates = {name: estimate(step) for name, estimate in compared.items()}
         for path, w in step.weights.items():
             u = np.float64(step.updates[path])
             sigma_w, sigma_u = exact(w), exact(u)
@@ -232,6 +265,40 @@ def growth_rows(
     return rows
 
 
+def adversarial_rows(steps: int, seed: int) -> list[dict[str, Any]]:
+    """How many times the norm of an update is what an estimator found, from the third step on."""
+    rows = []
+    for name, stream in (adversarial.CHANGES | adversarial.MOVES).items():
+        grads = stream(np.random.default_rng(seed), steps)
+        updates = [np.float32(u) for u in adversarial.adam(grads)]
+        bound = scale_by_weyl_bound()
+        params = {"w": jnp.ones(updates[0].shape)}
+        state, update = bound.init(params), jax.jit(bound.update)
+        compared = estimators()
+        ratios: dict[str, list[float]] = {estimator: [] for estimator in compared}
+        for u in updates:
+            _, state = update({"w": u}, state, params)
+            batch = {"w": u[None]}
+            found = {"w": np.asarray(state.sigma_update["w"])[None]}
+            step = Step(0.0, batch, batch, found, found)
+            (sigma,) = exact(u[None])
+            for estimator, estimate in compared.items():
+                _, estimates = estimate(step)
+                ratios[estimator].append(sigma / max(float(estimates["w"][0]), 1e-30))
+        for estimator, values in ratios.items():
+            settled = np.array(values[2:])
+            rows.append(
+                {
+                    "stream": name,
+                    "estimator": estimator,
+                    "median": float(np.median(settled)),
+                    "p99": float(np.percentile(settled, 99)),
+                    "steps above 1.1, %": 100 * float(np.mean(settled > 1.1)),
+                }
+            )
+    return rows
+
+
 def main(flags: Flags) -> None:
     """Prints the tables."""
     if flags.steps < 21:
@@ -245,6 +312,8 @@ def main(flags: Flags) -> None:
         growths += growth_rows(name, config.tau, found)
     measure.report(errors, flags.out)
     measure.report(growths, flags.out.with_stem("rule_1"))
+    rows = adversarial_rows(flags.steps, flags.seed)
+    measure.report(rows, flags.out.with_stem("adversarial"))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ from weyl_optax._bound import WeylBoundState, scale_by_weyl_bound
 from weyl_optax._metrics import bound_metrics
 from weyl_optax._spectral_norm import spectral_norm
 from weyl_optax._tabulate import tabulate
+from weyl_optax._traced import dimension_numbers_from
 
 __all__ = [
     "WeylBoundState",
     "adamw2",
     "bound_metrics",
+    "dimension_numbers_from",
     "scale_by_weyl_bound",
     "spectral_norm",
     "tabulate",

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from weyl_optax import _bound, _matrices
+from weyl_optax._bound import scale_by_weyl_bound
+from weyl_optax._dimension_numbers import WeightDimNumOrFn
 
 
 def adamw2(
@@ -21,7 +22,7 @@ def adamw2(
     nesterov: bool = False,
     tau: optax.ScalarOrSchedule = 0.004,
     min_std: jax.typing.ArrayLike = 1e-3,
-    weight_dimension_numbers: _matrices.WeightDimNumOrFn | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW², which trains Transformers without learning rate warmup.
@@ -92,7 +93,7 @@ def adamw2(
         optax.scale_by_adam(
             b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
         ),
-        _bound.scale_by_weyl_bound(
+        scale_by_weyl_bound(
             tau,
             learning_rate,
             weight_decay=weight_decay,

@@ -1,6 +1,5 @@
 """Arguments that are a number, an array that may be traced, or a schedule."""
 
-import numbers
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import optax
 
 def check_at_least(name: str, value: Any, least: float) -> None:
     """Checks a Python number. A schedule or an array is known only when it runs."""
-    if isinstance(value, numbers.Real) and not value >= least:
+    if isinstance(value, (int, float)) and not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 

@@ -7,19 +7,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax import _matrices, _subspace
+from weyl_optax import _block_iteration
 from weyl_optax._arguments import check_at_least, value_at
+from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
+from weyl_optax._tabulate import warn_of_reading_by_rank
 
 
 class WeylBoundState(NamedTuple):
-    """State of :func:`scale_by_weyl_bound`. Its dicts are keyed by a leaf's path."""
+    """State of :func:`scale_by_weyl_bound`.
 
-    count: jax.Array  # shape=(), dtype=int32. Updates so far.
-    weight_block: dict[str, jax.Array]  # 8 vectors, for sides above 16; float32 at least.
-    update_block: dict[str, jax.Array]  # 8 vectors, for sides above 16; float32 at least.
-    sigma_weight: dict[str, jax.Array]  # shape=batch. Norm of the weight, last update.
-    sigma_update: dict[str, jax.Array]  # shape=batch. Norm of the update, last update.
-    scale: dict[str, jax.Array]  # shape=batch. Factor applied to the last update.
+    Every field but the first and the last is a tree like the params, with ``None`` for a leaf that
+    has nothing there. None of their arrays has the shape of a param: :func:`optax.tree.map_params`
+    hands each of these fields, whole, to its ``transform_non_params``.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
+    weight_block: Any  # 8 vectors, for matrices with sides above 16; float32 at least.
+    update_block: Any  # 8 vectors, for matrices with sides above 16; float32 at least.
+    sigma_weight: Any  # shape=batch. Norm of the weight, last update.
+    sigma_update: Any  # shape=batch. Norm of the update, last update.
+    scale: Any  # shape=batch. Factor applied to the last update.
     weight_decay: optax.OptState  # State of optax.add_decayed_weights.
 
 
@@ -30,7 +37,7 @@ def scale_by_weyl_bound(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | None = None,
     min_std: jax.typing.ArrayLike = 1e-3,
-    weight_dimension_numbers: _matrices.WeightDimNumOrFn | None = None,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bound how fast the spectral norm of every weight matrix may grow.
@@ -73,23 +80,30 @@ def scale_by_weyl_bound(
             matrix of this standard deviation, counts as having that norm, so that a
             layer that starts at zero can move. 0 is the paper's rule to the letter.
         weight_dimension_numbers: How each leaf is read as matrices: a tree like the
-            params with an :class:`optax.contrib.MuonDimensionNumbers` for each leaf,
-            or ``None`` to leave a leaf unbounded; or a function from the params to
-            such a tree. All axes that are named neither as reduction nor as output
-            axes are batch axes, and every matrix of the batch has its own bound. By
-            default, ranks 0 and 1 are scalars and vectors (bounded by their 2-norm),
-            and above that the last two axes are the matrix. For Flax models see
-            :func:`weyl_optax.flax.dimension_numbers`.
+            params with an :class:`optax.contrib.MuonDimensionNumbers` for each leaf or
+            subtree, or ``None`` to leave it unbounded (where Muon would use Adam); or a
+            function from the params to such a tree. All axes that are named neither as
+            reduction nor as output axes are batch axes, and every matrix of the batch has
+            its own bound. By default, ranks 0 and 1 are scalars and vectors (bounded by
+            their 2-norm), and above that the last two axes are the matrix; where there
+            are more, a warning is logged.
+            :func:`weyl_optax.dimension_numbers_from` reads the params of any model from its
+            loss; for Flax models see also :func:`weyl_optax.flax.dimension_numbers`.
         num_iters: Iterations, at least 1, of the estimator of :math:`\sigma_1` at each
             update. It starts from the singular vectors of the last update, where one
-            is nearly always enough; each reads the weights and the updates twice. The
-            first update has no such start, and its norm can be some percent too low. The
-            norm of a matrix with a side of at most 16 is always exact.
+            is nearly always enough; each reads the weights and the updates twice. One
+            vector is drawn afresh each time, so that parts of a matrix that were zero are
+            seen when they are not any more. The first update has no such start, and its
+            norm can be some percent too low. The norm of a matrix with a side of at most
+            16 is always exact.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
-        params. A zero update stays zero. An update with NaN or inf comes out with
-        NaN, and leaves no trace in the block vectors of its matrix.
+        params. A zero update stays zero, and ``None`` stays ``None``. An update with NaN or
+        inf comes out with NaN, and leaves no trace in the block vectors of its matrix. A
+        sharded weight is bounded as a whole and stays where it is; only inside of a
+        :func:`jax.shard_map` is each shard that it sees a matrix of its own. It can be
+        differentiated once, forward and in reverse.
 
     Raises:
         ValueError: If an argument is out of its range, if
@@ -122,27 +136,39 @@ def scale_by_weyl_bound(
     decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
 
     def init_fn(params: optax.Params) -> WeylBoundState:
-        matrices = _matrices.read(params, weight_dimension_numbers)
-        weights = {p: jnp.asarray(w) for p, w in _matrices.by_path(params).items()}
-        (weight_block,), (sigma_weight,) = _subspace.norms(
-            [weights],
-            matrices,
-            [_subspace.random_blocks(weights, matrices, seed=0)],
-            _subspace.COLD_ITERS,
+        if _is_placeholder(params):
+            return WeylBoundState(*[0] * 6, weight_decay=decay.init(params))  # type: ignore
+        if weight_dimension_numbers is None:
+            warn_of_reading_by_rank(params)
+        leaves = BoundedLeaves(params, weight_dimension_numbers)
+        weights = leaves.of(params)
+        weight_blocks, update_blocks = (
+            _block_iteration.new_blocks(weights, leaves.specs, seed) for seed in (0, 1)
         )
+        sigma_weights, sigma_updates = (
+            _block_iteration.zero_norms(weights, leaves.specs) for _ in range(2)
+        )
+        # Of an abstract weight there is nothing to search: its first update does it.
+        if not any(isinstance(w, jax.ShapeDtypeStruct) for w in weights):
+            sigma_weights, weight_blocks = _block_iteration.spectral_norms(
+                leaves.specs,
+                [jnp.asarray(w) for w in weights],
+                weight_blocks,
+                _block_iteration.COLD_ITERS,
+            )
         return WeylBoundState(
             count=jnp.zeros([], jnp.int32),
-            weight_block=weight_block,
-            update_block=_subspace.random_blocks(weights, matrices, seed=1),
-            sigma_weight=sigma_weight,
-            sigma_update=_subspace.zero_norms(weights, matrices),
-            scale={p: jnp.ones_like(sigma) for p, sigma in sigma_weight.items()},
+            weight_block=leaves.put(weight_blocks),
+            update_block=leaves.put(update_blocks),
+            sigma_weight=leaves.put(sigma_weights),
+            sigma_update=leaves.put(sigma_updates),
+            scale=leaves.put([jnp.ones_like(sigma) for sigma in sigma_weights]),
             weight_decay=decay.init(params),
         )
 
     def update_fn(
         updates: optax.Updates,
-        state: WeylBoundState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, WeylBoundState]:
@@ -151,56 +177,71 @@ def scale_by_weyl_bound(
             raise ValueError(
                 "scale_by_weyl_bound measures the params: call update(updates, state, params)."
             )
-        if jax.tree.structure(updates) != jax.tree.structure(params):
-            raise ValueError(
-                "updates and params differ in structure: "
-                f"{jax.tree.structure(updates)} against {jax.tree.structure(params)}."
-            )
-        matrices = _matrices.read(params, weight_dimension_numbers)
-        weights, steps = _matrices.by_path(params), _matrices.by_path(updates)
-        for path, w in weights.items():
-            given, expected = _matrices.shape_of(steps[path]), _matrices.shape_of(w)
-            if given != expected:
-                raise ValueError(
-                    f"The leaf {path!r} has shape {given} in updates, {expected} in params."
-                )
-        steps = {p: jnp.asarray(steps[p], _subspace.compute_dtype(weights[p])) for p in matrices}
-        start = _subspace.with_own_rows(steps, matrices, state.update_block, state.sigma_update)
-        (weight_block, update_block), (sigma_weight, sigma_update) = _subspace.norms(
-            [weights, steps],
-            matrices,
-            [state.weight_block, start],
+        leaves = BoundedLeaves(params, weight_dimension_numbers, updates)
+        weights = [jnp.asarray(w) for w in leaves.of(params)]
+        steps = [
+            jnp.asarray(u).astype(_block_iteration.compute_dtype(w))
+            for u, w in zip(leaves.of(updates), weights, strict=True)
+        ]
+        norms, blocks = _block_iteration.updated_norms(
+            weights + steps,
+            leaves.specs * 2,
+            leaves.of(state.weight_block) + leaves.of(state.update_block),
+            # A weight was searched in init, and is never another from one step to the next.
+            [None] * len(weights) + leaves.of(state.sigma_update),
+            state.count,
             num_iters,
         )
-        update_block = _subspace.where_found(sigma_update, update_block, state.update_block)
-        max_growth = value_at(tau, state.count)
-        rate = value_at(learning_rate, state.count)
-        scale = {}
-        for path, m in matrices.items():
-            least = min_std * sum(math.sqrt(size) for size in m.matrix_shape)
-            allowed = max_growth * jnp.maximum(sigma_weight[path], least)
-            wanted = rate * sigma_update[path]
-            # NaN is not <= anything: it passes into the scale, and so into the update.
-            bounded = jnp.where(wanted <= allowed, 1, allowed / wanted)
-            scale[path] = bounded.astype(sigma_update[path].dtype)
-
+        sigma_weights, sigma_updates = norms[: len(steps)], norms[len(steps) :]
+        max_growth, rate = value_at(tau, state.count), value_at(learning_rate, state.count)
+        scales = [
+            _scale(spec, sigma_weight, sigma_update, max_growth, rate, min_std)
+            for spec, sigma_weight, sigma_update in zip(
+                leaves.specs, sigma_weights, sigma_updates, strict=True
+            )
+        ]
         updates, decay_state = decay.update(updates, state.weight_decay, params)
-
-        def rescale(path: tuple[Any, ...], u: jax.Array) -> jax.Array:
-            name = _matrices.path_name(path)
-            if name not in matrices:
-                return u
-            m = matrices[name]
-            return (jnp.expand_dims(scale[name], m.reduction + m.output) * u).astype(u.dtype)
-
-        return jax.tree_util.tree_map_with_path(rescale, updates), WeylBoundState(
-            count=optax.safe_increment(state.count),
-            weight_block=weight_block,
-            update_block=update_block,
-            sigma_weight=sigma_weight,
-            sigma_update=sigma_update,
-            scale=scale,
+        bounded = [
+            _rescale(jnp.asarray(u), scale, spec)
+            for u, scale, spec in zip(leaves.of(updates), scales, leaves.specs, strict=True)
+        ]
+        return leaves.put(bounded, updates), WeylBoundState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            weight_block=leaves.put(blocks[: len(steps)], state.weight_block),
+            update_block=leaves.put(blocks[len(steps) :], state.update_block),
+            sigma_weight=leaves.put(sigma_weights, state.sigma_weight),
+            sigma_update=leaves.put(sigma_updates, state.sigma_update),
+            scale=leaves.put(scales, state.scale),
             weight_decay=decay_state,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _scale(
+    spec: MatrixSpec,
+    sigma_weight: jax.Array,
+    sigma_update: jax.Array,
+    tau: jax.typing.ArrayLike,
+    rate: jax.typing.ArrayLike,
+    min_std: jax.typing.ArrayLike,
+) -> jax.Array:
+    """min(1, tau sigma_1(W) / (rate sigma_1(U)))."""
+    tau, rate, min_std = (jnp.asarray(x, sigma_weight.dtype) for x in (tau, rate, min_std))
+    least = min_std * sum(math.sqrt(size) for size in spec.matrix_shape)
+    allowed = tau * jnp.maximum(sigma_weight, least)
+    wanted = rate * sigma_update
+    # NaN is not <= anything: it passes into the scale, and so into the update.
+    is_bounded = ~(wanted <= allowed)
+    return jnp.where(is_bounded, allowed / jnp.where(is_bounded, wanted, 1), 1)
+
+
+def _rescale(u: jax.Array, scale: jax.Array, spec: MatrixSpec) -> jax.Array:
+    dtype = _block_iteration.compute_dtype(u)
+    scale = jnp.expand_dims(scale, spec.matrix_axes).astype(dtype)
+    return (scale * u.astype(dtype)).astype(u.dtype)
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Whether it is what `optax.tree.map_params` gives to `init`, to find params in a state."""
+    return type(params).__name__ == "_ParamsPlaceholder"

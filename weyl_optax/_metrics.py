@@ -1,28 +1,43 @@
 """What the bound did, ready for a logger."""
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from weyl_optax._bound import WeylBoundState
+from weyl_optax._dimension_numbers import leaves_with_path, path_name
+
+MEASURED = ("sigma_weight", "sigma_update", "scale")
 
 
-def bound_metrics(opt_state: Any) -> dict[str, jax.Array]:
+def bound_metrics(
+    opt_state: Any, *, scalars: bool = False, prefix: str = ""
+) -> dict[str, jax.Array]:
     """Collect what :func:`scale_by_weyl_bound` measured in its last update.
 
     Args:
-        opt_state: An optimizer state with a :class:`WeylBoundState` anywhere in it.
+        opt_state: An optimizer state with a :class:`WeylBoundState` anywhere in it; also
+            that of an ``nnx.Optimizer``, or a checkpoint of it, restored as nested dicts.
+        scalars: Whether to give the minimum, the median and the maximum over a batch of
+            matrices, such as stacked layers, in place of an array.
+        prefix: What all names begin with, such as ``"optimizer/"``.
 
     Returns:
         For each bounded leaf, arrays of its batch shape (scalars for a plain matrix
-        or vector):
+        or vector), which are copies and outlive a donated state:
 
         - ``<path>/sigma_weight``: spectral norm of the weight before the update.
         - ``<path>/sigma_update``: spectral norm of the update, before the bound.
         - ``<path>/scale``: the factor, at most 1, by which the update was multiplied.
 
         And ``bounded_fraction``, the share of all matrices with a factor below 1.
+
+        With ``scalars``, ``<path>/scale/min``, ``/median`` and ``/max`` are in place of the array
+        of a batch, and ``<path>/bounded_fraction`` is added for each leaf. Where two bounds of
+        one state measure the same leaf, all names begin with ``bound_0/``, ``bound_1/`` and so on.
 
     Raises:
         ValueError: If ``opt_state`` has no :class:`WeylBoundState`.
@@ -44,18 +59,58 @@ def bound_metrics(opt_state: Any) -> dict[str, jax.Array]:
         w/scale 0.0667
         bounded_fraction 0.5000
     """
-    is_bound = lambda x: isinstance(x, WeylBoundState)  # noqa: E731
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_bound) if is_bound(x)]
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_bound) if _is_bound(x)]
     if not states:
         raise ValueError(
             "opt_state has no WeylBoundState. Chain weyl_optax.scale_by_weyl_bound "
             "after the optimizer, or use weyl_optax.adamw2."
         )
-    metrics = {}
-    for state in states:
-        for path in sorted(state.scale):
-            for name in ("sigma_weight", "sigma_update", "scale"):
-                metrics[f"{path}/{name}".lstrip("/")] = getattr(state, name)[path]
-    scales = [jnp.ravel(s) for state in states for s in state.scale.values()]
+    measured = [_measured(state) for state in states]
+    if max(Counter(name for found in measured for name in found).values(), default=0) > 1:
+        named = [
+            {f"bound_{i}/{name}": value for name, value in (found | _fraction(found)).items()}
+            for i, found in enumerate(measured)
+        ]
+    else:
+        together = {name: value for found in measured for name, value in found.items()}
+        named = [together | _fraction(together)]
+    metrics = {name: value for found in named for name, value in found.items()}
+    if scalars:
+        metrics = {n: x for name, value in metrics.items() for n, x in _summary(name, value)}
+    return {prefix + name: value for name, value in metrics.items()}
+
+
+def _is_bound(x: Any) -> bool:
+    """Whether it is a state of the bound, or was one before something made dicts of tuples."""
+    return isinstance(x, WeylBoundState) or (isinstance(x, Mapping) and {*MEASURED} <= set(x))
+
+
+def _measured(state: WeylBoundState | Mapping[str, Any]) -> dict[str, jax.Array]:
+    """What one bound measured, by name."""
+    fields = state._asdict() if isinstance(state, WeylBoundState) else state
+    columns = [leaves_with_path(fields[name])[0] for name in MEASURED]
+    return {
+        path_name((*path, name)): jnp.array(value)
+        for row in zip(*columns, strict=True)
+        for name, (path, value) in zip(MEASURED, row, strict=True)
+        if value is not None
+    }
+
+
+def _fraction(measured: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The share of matrices with a factor below 1."""
+    scales = [jnp.ravel(x) for name, x in measured.items() if name.rpartition("/")[2] == "scale"]
     bounded = jnp.concatenate(scales) < 1 if scales else jnp.zeros(1)
-    return metrics | {"bounded_fraction": jnp.mean(bounded)}
+    return {"bounded_fraction": jnp.mean(bounded)}
+
+
+def _summary(name: str, value: jax.Array) -> list[tuple[str, jax.Array]]:
+    """A metric as scalars."""
+    path, _, quantity = name.rpartition("/")
+    rows = [(name, value)]
+    if value.ndim > 0:
+        statistics = {"min": jnp.min, "median": jnp.median, "max": jnp.max}
+        rows = [(f"{name}/{key}", statistic(value)) for key, statistic in statistics.items()]
+    if quantity == "scale":
+        rows.append((path_name((*path.split("/"), "bounded_fraction")), jnp.mean(value < 1)))
+    return rows

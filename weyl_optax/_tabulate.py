@@ -1,15 +1,21 @@
 """How a tree is read, as a table."""
 
+import logging
 import math
 
 import optax
 
-from weyl_optax import _matrices
+from weyl_optax._dimension_numbers import (
+    MatrixSpec,
+    WeightDimNumOrFn,
+    leaves_with_path,
+    path_name,
+    resolve_dimension_numbers,
+    shape_of,
+)
 
 
-def tabulate(
-    params: optax.Params, weight_dimension_numbers: _matrices.WeightDimNumOrFn | None = None
-) -> str:
+def tabulate(params: optax.Params, weight_dimension_numbers: WeightDimNumOrFn | None = None) -> str:
     """Show as which matrices each leaf of the params is read.
 
     Args:
@@ -31,22 +37,44 @@ def tabulate(
         bias    (256,)         1 vector of 256
         kernel  (12, 64, 256)  12 matrices of 64 x 256
     """
-    matrices = _matrices.read(params, weight_dimension_numbers)
-    rows = [("path", "shape", "read as")]
-    for path, leaf in _matrices.by_path(params).items():
-        rows.append((path, str(_matrices.shape_of(leaf)), _reading(matrices.get(path))))
+    leaves, _ = leaves_with_path(params)
+    specs, _ = leaves_with_path(resolve_dimension_numbers(params, weight_dimension_numbers))
+    rows = [("path", "shape", "read as")] + [
+        (path_name(path), str(shape_of(leaf)), reading(spec))
+        for (path, leaf), (_, spec) in zip(leaves, specs, strict=True)
+        if leaf is not None
+    ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
 
 
-def _reading(matrices: _matrices.Matrices | None) -> str:
-    if matrices is None:
+def warn_of_reading_by_rank(params: optax.Params) -> None:
+    """Says which leaves of more than two axes are read as stacks, for want of a specification."""
+    leaves, _ = leaves_with_path(params)
+    specs, _ = leaves_with_path(resolve_dimension_numbers(params, None))
+    stacks = [
+        f"{path_name(path)} {spec.shape} as {reading(spec)}"
+        for (path, _), (_, spec) in zip(leaves, specs, strict=True)
+        if spec is not None and len(spec.shape) > 2
+    ]
+    if stacks:
+        logging.getLogger("weyl_optax").warning(
+            "Without weight_dimension_numbers the last two axes of a leaf are its matrix: %s. If "
+            "that is not what they multiply by, pass weyl_optax.dimension_numbers_from(loss, "
+            "params, batch).",
+            ", ".join(stacks),
+        )
+
+
+def reading(spec: MatrixSpec | None) -> str:
+    """As what a leaf is read, in words."""
+    if spec is None:
         return "unbounded"
-    count = math.prod(matrices.batch_shape)
-    m, n = matrices.matrix_shape
+    count = math.prod(spec.batch_shape)
+    m, n = spec.matrix_shape
     one, many, size = "matrix", "matrices", f" of {m} x {n}"
     if m * n == 1:
         one, many, size = "scalar", "scalars", ""
-    elif not matrices.reduction or not matrices.output:
+    elif not spec.reduction or not spec.output:
         one, many, size = "vector", "vectors", f" of {m * n}"
     return f"{count} {one if count == 1 else many}{size}"

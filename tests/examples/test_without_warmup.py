@@ -9,8 +9,8 @@ from flax import nnx
 
 from examples import language, optimizers, results
 from examples.text_data import load_corpus, training_batches
-from weyl_optax import scale_by_weyl_bound
-from weyl_optax._matrices import by_path, read
+from weyl_optax import bound_metrics, scale_by_weyl_bound
+from weyl_optax._dimension_numbers import leaves_with_path, resolve_dimension_numbers
 from weyl_optax.flax import dimension_numbers
 
 CONFIG = language.Config(steps=100, tau=0.05)
@@ -34,7 +34,7 @@ def recorded(corpus):
         CONFIG.tau, rate, weight_decay=0.1, min_std=0.0, weight_dimension_numbers=numbers
     )
     after = optax.scale_by_learning_rate(rate)
-    matrices = read(params, numbers)
+    specs, _ = leaves_with_path(resolve_dimension_numbers(params, numbers))
 
     @jax.jit
     def step(params, states, batch):
@@ -44,13 +44,13 @@ def recorded(corpus):
         moves, last = after.update(bounded, states[2], params)
         return updates, optax.apply_updates(params, moves), (first, middle, last)
 
-    def exact(tree, matrix):
+    def exact(tree):
         return {
-            path: reference.sigma(
-                np.asarray(by_path(tree)[path], np.float64), m.reduction, m.output
+            "/".join(path): reference.sigma(
+                np.asarray(leaf, np.float64), spec.reduction, spec.output
             ).ravel()
-            for path, m in matrices.items()
-            if (not m.is_vector) == matrix
+            for (path, leaf), (_, spec) in zip(leaves_with_path(tree)[0], specs, strict=True)
+            if spec.reduction
         }
 
     batches = training_batches(corpus.train, CONFIG.sequence_length, CONFIG.batch, seed=0)
@@ -58,13 +58,14 @@ def recorded(corpus):
     record = {"weight": [], "update": [], "weight_found": [], "update_found": [], "moved": []}
     for _ in range(40):
         updates, moved, states = step(params, states, next(batches))
-        norms = exact(params, True)
+        norms = exact(params)
         record["weight"].append(norms)
-        record["update"].append(exact(updates, True))
-        record["moved"].append(exact(moved, True))
+        record["update"].append(exact(updates))
+        record["moved"].append(exact(moved))
+        metrics = bound_metrics(states[1])
         for kind in ("weight", "update"):
-            found = getattr(states[1], f"sigma_{kind}")
-            record[f"{kind}_found"].append({p: np.ravel(found[p]) for p in norms})
+            found = {path: np.ravel(metrics[f"{path}/sigma_{kind}"]) for path in norms}
+            record[f"{kind}_found"].append(found)
         params = moved
     # (step, matrix)
     return {

@@ -122,7 +122,7 @@ def test_a_step_that_is_not_finite_is_seen_and_then_forgotten(bad, at):
     assert not np.isfinite(bounded["w"][1]).any()
     assert not np.isfinite(bounded["b"]).all()
     assert np.isfinite(bounded["w"][0]).all()  # another matrix of the same leaf
-    for block in (*state.weight_block.values(), *state.update_block.values()):
+    for block in jax.tree.leaves((state.weight_block, state.update_block)):
         assert np.isfinite(block).all()
     np.testing.assert_array_equal(state.update_block["w"][1], kept)
     bounded, state = solver.update(good, state, params)
@@ -258,4 +258,4 @@ def test_none_leaves_a_leaf_unbounded():
     bounded, state = solver.update(params, solver.init(params), params)
     np.testing.assert_allclose(bounded["w"], 0.1 * np.eye(3), rtol=1e-6)
     np.testing.assert_array_equal(bounded["v"], np.eye(3))
-    assert list(state.scale) == ["w"]
+    assert state.scale["v"] is None

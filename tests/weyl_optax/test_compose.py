@@ -271,8 +271,9 @@ def test_scalars_vectors_zero_sizes_and_integers():
     np.testing.assert_allclose(updates["row"], 0.5 * np.ones((1, 6)), rtol=1e-6)
     np.testing.assert_array_equal(updates["zero"], np.zeros((6, 5)))
     assert updates["empty"].shape == (0, 4)
-    assert "empty" not in state.scale
-    assert not state.weight_block.keys() & {"vector", "scalar", "row"}  # exact without a block
+    assert state.scale["empty"] is None
+    # Exact without a block.
+    assert [state.weight_block[name] for name in ("vector", "scalar", "row")] == [None] * 3
 
 
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32, jnp.complex64]

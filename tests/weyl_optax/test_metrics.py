@@ -33,3 +33,53 @@ def test_a_single_array_has_names_without_a_path():
 def test_a_state_without_a_bound_says_what_to_chain():
     with pytest.raises(ValueError, match=r"Chain weyl_optax\.scale_by_weyl_bound"):
         bound_metrics(optax.adam(0.1).init({"w": jnp.eye(3)}))
+
+
+def test_scalars_for_a_logger():
+    params = {"stack": jnp.stack([i * jnp.eye(4) for i in (1.0, 2.0, 6.0)]), "w": jnp.eye(3)}
+    updates = {"stack": jnp.stack([jnp.eye(4)] * 3).at[2].multiply(1e-3), "w": jnp.eye(3)}
+    solver = scale_by_weyl_bound(0.5)
+    _, state = solver.update(updates, solver.init(params), params)
+    metrics = bound_metrics(state, scalars=True, prefix="optimizer/")
+    assert all(value.shape == () for value in metrics.values())
+    expected = {
+        "stack/sigma_weight/min": 1,
+        "stack/sigma_weight/median": 2,
+        "stack/sigma_weight/max": 6,
+        "stack/sigma_update/min": 1e-3,
+        "stack/sigma_update/median": 1,
+        "stack/sigma_update/max": 1,
+        "stack/scale/min": 0.5,
+        "stack/scale/median": 1,
+        "stack/scale/max": 1,
+        "stack/bounded_fraction": 1 / 3,
+        "w/sigma_weight": 1,
+        "w/sigma_update": 1,
+        "w/scale": 0.5,
+        "w/bounded_fraction": 1,
+        "bounded_fraction": 0.5,
+    }
+    assert set(metrics) == {f"optimizer/{name}" for name in expected}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[f"optimizer/{name}"], value, rtol=1e-6)
+
+
+def test_two_bounds_of_one_leaf_are_both_there():
+    params = updates = {"w": jnp.eye(3)}
+    solver = optax.chain(scale_by_weyl_bound(0.5), scale_by_weyl_bound(0.1))
+    _, state = solver.update(updates, solver.init(params), params)
+    metrics = bound_metrics(state)
+    np.testing.assert_allclose(metrics["bound_0/w/scale"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["bound_1/w/scale"], 0.2, rtol=1e-6)
+    assert len(metrics) == 8
+    assert len(bound_metrics(state, scalars=True)) == 10
+
+
+def test_two_bounds_of_different_leaves_need_no_names():
+    params = updates = {"a": jnp.eye(3), "b": jnp.eye(3)}
+    bounds = {name: scale_by_weyl_bound(tau) for name, tau in (("x", 0.5), ("y", 2.0))}
+    solver = optax.partition(bounds, {"a": "x", "b": "y"})
+    _, state = solver.update(updates, solver.init(params), params)
+    metrics = bound_metrics(state)
+    np.testing.assert_allclose(metrics["a/scale"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["bounded_fraction"], 0.5)

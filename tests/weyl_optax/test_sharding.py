@@ -1,43 +1,186 @@
-"""A sharded weight stays where it is: only vectors cross devices."""
+"""On every mesh the numbers of one device, where the weights stay where they are."""
 
+import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax import adamw2
+from weyl_optax import adamw2, scale_by_weyl_bound
 
-SHAPE = (3, 64, 128)
+SHAPES = {
+    "stack": (4, 64, 128),
+    "query": (64, 4, 24),
+    "out": (4, 24, 64),
+    "heads": (64, 4, 48),
+    "short": (8, 40),
+    "bias": (32,),
+}
+NUMBERS = {
+    "stack": MuonDimensionNumbers(1, 2),
+    "query": MuonDimensionNumbers(0, (1, 2)),
+    "out": MuonDimensionNumbers((0, 1), 2),
+    "heads": MuonDimensionNumbers(0, 2),  # each head is a matrix
+    "short": MuonDimensionNumbers(0, 1),
+    "bias": MuonDimensionNumbers((), 0),
+}
+LARGEST_BLOCK = 10 * 4 * 128  # vectors of a stack
+SMALLEST_MATRIX = 64 * 4 * 24  # but for the short one, whose Gram matrix needs all of it
+
+# Each column is a layout of the tree: every axis of every leaf is sharded in one of them.
+SPECS = {
+    "stack": [P(), P("x"), P(None, "x"), P(None, None, "x"), P(None, "x", "y")],
+    "query": [P(), P("x"), P(None, "x"), P(None, None, "x"), P("y", "x")],
+    "out": [P(), P("x"), P(None, "x"), P(None, None, "x"), P("x", None, "y")],
+    "heads": [P(), P(None, "x"), P("x"), P(None, None, "y"), P(("x", "y"))],
+    "short": [P(), P("x"), P(None, "x"), P("x", "y"), P(None, ("x", "y"))],
+    "bias": [P(), P("x"), P("y"), P(("x", "y")), P()],
+}
 
 
-@pytest.mark.parametrize(
-    "spec", [P(None, "x", None), P(None, None, "x"), P(None, "x", "y"), P("x"), P()]
-)
-def test_sharded_equals_unsharded_and_moves_no_weight(spec):
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
-    shape = (4, *SHAPE[1:]) if spec == P("x") else SHAPE
-    params = {"w": jax.random.normal(jax.random.key(0), shape)}
-    grads = {"w": jax.random.normal(jax.random.key(1), shape)}
-    solver = adamw2(0.1, tau=0.01)
-    sharding = NamedSharding(mesh, spec)
-    sharded_params, sharded_grads = jax.device_put((params, grads), sharding)
+def mesh(axis_type):
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
 
+
+def arrays(shapes, steps):
+    """Params, and gradients for some steps."""
+    trees = [
+        {
+            name: jax.random.normal(jax.random.key(8 * step + i), shape)
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+        for step in range(steps + 1)
+    ]
+    return jax.tree.map(lambda x: 0.1 * x, trees[0]), trees[1:]
+
+
+def train(solver, params, grads):
+    """A jitted step for each gradient: the updates, and the program of a step."""
+    state = jax.jit(solver.init)(params)
     update = jax.jit(solver.update, donate_argnums=1)
-    state, sharded_state = solver.init(params), jax.jit(solver.init)(sharded_params)
-    for _ in range(3):
-        updates, state = update(grads, state, params)
-        sharded_updates, sharded_state = update(sharded_grads, sharded_state, sharded_params)
-    np.testing.assert_allclose(sharded_updates["w"], updates["w"], rtol=1e-3, atol=1e-6)
-    assert sharded_updates["w"].sharding.is_equivalent_to(sharding, 3)
+    updates = []
+    for g in grads:
+        step, state = update(g, state, params)
+        updates.append(step)
+    return updates, update.lower(grads[0], state, params).compile().as_text()
 
-    text = update.lower(sharded_grads, sharded_state, sharded_params).compile().as_text()
-    moved = re.findall(
-        r"= \(?f32\[([\d,]*)\][^=]* (?:all-gather|all-to-all|collective-permute)", text
-    )
-    largest = max(
-        (int(np.prod([int(n) for n in dims.split(",") if n])) for dims in moved), default=0
-    )
-    assert largest <= 8 * shape[0] * max(shape[1:])  # a block of vectors, never a weight
+
+def largest_moved(text):
+    """The size of the largest array that a collective operation puts out."""
+    operations = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
+    sizes = [0]
+    for outputs in re.findall(rf"= (.*?) (?:{operations})(?:-start)?\(", text):
+        for dims in re.findall(r"\w+\[([\d,]*)\]", outputs):
+            sizes.append(int(np.prod([int(n) for n in dims.split(",") if n])))
+    return max(sizes)
+
+
+SOLVER = adamw2(0.1, tau=0.01, weight_dimension_numbers=NUMBERS)
+
+
+@functools.cache
+def unsharded():
+    return train(SOLVER, *arrays(SHAPES, 2))[0]
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("layout", range(5))
+def test_sharded_equals_unsharded_and_moves_no_weight(layout, axis_type):
+    devices = mesh(axis_type)
+    shardings = {name: NamedSharding(devices, specs[layout]) for name, specs in SPECS.items()}
+    params, grads = arrays(SHAPES, 2)
+    params, grads = jax.device_put((params, grads), (shardings, [shardings] * 2))
+    updates, text = train(SOLVER, params, grads)
+    for found, wanted in zip(updates, unsharded(), strict=True):
+        for name, sharding in shardings.items():
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-8)
+            assert found[name].sharding.is_equivalent_to(sharding, found[name].ndim)
+    assert largest_moved(text) <= LARGEST_BLOCK < SMALLEST_MATRIX
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_uneven_sharding_equals_the_unsharded(axis):
+    params, grads = arrays({"w": (3, 65, 131)}, 2)
+    solver = adamw2(0.1, tau=0.01)
+    expected, _ = train(solver, params, grads)
+    sharding = NamedSharding(mesh(AxisType.Auto), P(*[None] * axis, "x"))
+
+    @jax.jit
+    def step(grads, state, params):
+        grads, params = jax.lax.with_sharding_constraint((grads, params), sharding)
+        return solver.update(grads, state, params)
+
+    state = jax.jit(solver.init)(params)
+    for g, wanted in zip(grads, expected, strict=True):
+        updates, state = step(g, state, params)
+        np.testing.assert_allclose(updates["w"], wanted["w"], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("jit_init", [False, True])
+@pytest.mark.parametrize("spec", [P(), P("x"), P(None, "x", "y")], ids=str)
+def test_the_types_of_the_state_are_those_that_an_update_gives(spec, jit_init):
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        params = {"w": jax.device_put(jnp.ones((4, 64, 128)), spec)}
+        for solver in (adamw2(0.1), optax.chain(optax.lion(0.1), scale_by_weyl_bound())):
+            state = (jax.jit(solver.init) if jit_init else solver.init)(params)
+            _, new = jax.jit(solver.update)(params, state, params)
+            assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, new)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_an_ensemble_in_shard_map_equals_its_members(axis_type):
+    """A member on each device, and a loop over the steps inside."""
+    solver = adamw2(0.1, tau=0.01)
+    params, grads = arrays({"w": (8, 40, 24)}, 3)
+    grads = jnp.stack([g["w"] for g in grads], 1)
+
+    def member(w, grads):
+        def step(carry, g):
+            params, state = carry
+            updates, state = solver.update({"w": g}, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = {"w": w[0]}
+        (params, _), _ = jax.lax.scan(step, (params, solver.init(params)), grads[0])
+        return params["w"][None]
+
+    devices = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    mapped = jax.shard_map(member, mesh=devices, in_specs=P("x"), out_specs=P("x"))
+    found = jax.jit(mapped)(*jax.device_put((params["w"], grads), NamedSharding(devices, P("x"))))
+    expected = jax.vmap(lambda w, g: member(w[None], g[None])[0])(params["w"], grads)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_data_parallel_in_shard_map_with_replicated_params():
+    solver = adamw2(0.1, tau=0.01)
+    params, (grads,) = arrays({"w": (8, 40, 24)}, 1)
+    mean = {"w": grads["w"].mean(0)}
+    params = {"w": params["w"][0]}
+    devices = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+
+    def step(params, grads):
+        grads = {"w": jax.lax.pmean(grads["w"][0], "x")}
+        updates, state = solver.update(grads, solver.init(params), params)
+        return updates, state
+
+    mapped = jax.shard_map(step, mesh=devices, in_specs=(P(), P("x")), out_specs=P())
+    updates, _ = jax.jit(mapped)(params, grads)
+    expected, _ = solver.update(mean, solver.init(params), params)
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pmap():
+    solver = adamw2(0.1, tau=0.01)
+    params, (grads,) = arrays({"w": (8, 40, 24)}, 1)
+    state = jax.pmap(solver.init)(params)
+    updates, _ = jax.pmap(solver.update)(grads, state, params)
+    member = jax.tree.map(lambda x: x[3], (params, grads))
+    expected, _ = solver.update(member[1], solver.init(member[0]), member[0])
+    np.testing.assert_allclose(updates["w"][3], expected["w"], rtol=1e-5, atol=1e-7)

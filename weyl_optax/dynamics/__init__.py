@@ -36,7 +36,7 @@ __all__ = [
     "qk_spectral_norm",
     "relative_representation_change",
     "spectral_energy_concentration",
-    "watch",
+    "watch",  # pyright: ignore[reportUnsupportedDunderAll]
 ]
 
 

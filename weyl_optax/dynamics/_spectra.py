@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from weyl_optax._block_iteration import compute_dtype
+from weyl_optax._lapack import singular_values, triangular_factor
 from weyl_optax._spectral_norm import spectral_norm
-from weyl_optax._subspace import compute_dtype
-from weyl_optax.dynamics._lapack import singular_values, triangular_factor
 
 
 @jax.jit

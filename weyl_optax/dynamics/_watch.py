@@ -13,7 +13,7 @@ from flax import nnx
 from weyl_optax._spectral_norm import spectral_norm
 from weyl_optax.dynamics._spectra import product_core
 
-Path: TypeAlias = tuple[str | int, ...]
+Path: TypeAlias = tuple[Any, ...]  # names and indices
 
 TERMS = (
     *("W_q", "W_k", "W_v", "W_o", "W_1", "W_2"),

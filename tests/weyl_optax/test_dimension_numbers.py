@@ -1,3 +1,7 @@
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -58,7 +62,7 @@ BAD = [
     ({"w": MuonDimensionNumbers(), "v": None}, "an entry at 'v', where params has no leaf"),
     ({"w": (0, 1)}, r"no entry for the leaf 'w'"),
     ({"w": "matrix"}, r"'matrix' for the leaf 'w'"),
-    (MuonDimensionNumbers(), r"no entry for the leaf 'w'"),
+    ({"v": MuonDimensionNumbers()}, r"no entry for the leaf 'w'"),
 ]
 
 
@@ -80,3 +84,55 @@ def test_a_vector_is_written_with_no_reduction_axis():
 def test_two_leaves_of_one_path_are_named():
     with pytest.raises(ValueError, match="Two leaves have the path 'a/b'"):
         scale_by_weyl_bound().init({"a/b": jnp.ones(3), "a": {"b": jnp.ones(3)}})
+
+
+def test_one_entry_may_be_for_a_whole_subtree():
+    w = jnp.ones((20, 24))
+    params = {"a": {"q": w, "k": w}, "b": {"bias": jnp.ones(8)}, "c": [w, jnp.ones((3, 4, 5))]}
+    numbers = {
+        "a": MuonDimensionNumbers(1, 0),
+        "b": None,
+        "c": [MuonDimensionNumbers(0, 1), MuonDimensionNumbers(0, (1, 2))],
+    }
+    assert tabulate(params, numbers).splitlines()[1:] == [
+        "a/k     (20, 24)   1 matrix of 24 x 20",
+        "a/q     (20, 24)   1 matrix of 24 x 20",
+        "b/bias  (8,)       unbounded",
+        "c/0     (20, 24)   1 matrix of 20 x 24",
+        "c/1     (3, 4, 5)  1 matrix of 3 x 20",
+    ]
+    assert "2 matrices" not in tabulate({"a": w, "b": w}, MuonDimensionNumbers(0, 1))
+
+
+def test_a_field_called_value_has_a_name():
+    class Attention(NamedTuple):
+        query: jnp.ndarray
+        value: jnp.ndarray
+
+    attention = {"attn": Attention(jnp.ones((20, 24)), jnp.ones((24, 20)))}
+    assert [row.split()[0] for row in tabulate(attention).splitlines()[1:]] == [
+        "attn/query",
+        "attn/value",
+    ]
+
+
+def test_an_equinox_model_of_numbers_is_a_tree_although_it_can_be_called():
+    model = eqx.nn.Linear(24, 20, key=jax.random.key(0))
+    numbers = eqx.tree_at(
+        lambda m: (m.weight, m.bias),
+        model,
+        (MuonDimensionNumbers(1, 0), MuonDimensionNumbers((), 0)),
+    )
+    assert "1 matrix of 24 x 20" in tabulate(model, numbers)
+
+
+def test_a_reading_by_rank_of_more_than_a_matrix_is_said(caplog):
+    scale_by_weyl_bound().init({"query": jnp.ones((64, 4, 16)), "w": jnp.ones((3, 4))})
+    (record,) = caplog.records
+    assert "query (64, 4, 16) as 64 matrices of 4 x 16" in record.message
+    assert "dimension_numbers_from" in record.message
+    scale_by_weyl_bound(weight_dimension_numbers=MuonDimensionNumbers(0, (1, 2))).init(
+        {"query": jnp.ones((64, 4, 16))}
+    )
+    scale_by_weyl_bound().init({"w": jnp.ones((3, 4))})
+    assert len(caplog.records) == 1

@@ -1,0 +1,87 @@
+"""The tests that Optax has for its own optimizers, as the installed Optax ships them, on ours."""
+
+import inspect
+import itertools
+
+import optax
+import pytest
+from optax._src import sharding_test
+from optax.contrib import _common_test
+
+import weyl_optax
+
+
+def bounded_sgd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """`scale_by_weyl_bound` behind a whole optimizer."""
+    return optax.chain(optax.sgd(learning_rate), weyl_optax.scale_by_weyl_bound())
+
+
+FACTORIES = {
+    "adamw2": (weyl_optax.adamw2, {"learning_rate": 1e-2, "weight_decay": 0.0}),
+    "bounded_sgd": (bounded_sgd, {"learning_rate": 1e-2}),
+}
+
+
+def originals(case):
+    """The test methods of a class of Optax, as they were before they got their parameters."""
+    methods = [getattr(case, name) for name in dir(case) if name.startswith("test")]
+    found = {method.__wrapped__.__name__: method.__wrapped__ for method in methods}
+    assert found
+    return found
+
+
+COMMON = originals(_common_test.ContribTest)
+# The values of the parameters that are not the optimizer's.
+VALUES = {
+    "wrapper_name": [None],
+    "wrapper_kwargs": [None],
+    "wrap": [True, False],
+    "target": [
+        _common_test._setup_parabola,
+        _common_test._setup_rosenbrock,
+        _common_test._setup_matrix_parabola,
+        _common_test._setup_mixed_tensor_target,
+    ],
+}
+DTYPES = {
+    "test_optimizers": ["float32"],
+    "test_preserve_dtype": ["bfloat16", "float32"],
+    "test_gradient_accumulation": ["bfloat16", "float32"],
+    "test_state_shape_dtype_shard_stability": ["float16", "bfloat16", "float32", "float64"],
+}
+
+
+def cases():
+    for name, test in COMMON.items():
+        parameters = [p for p in inspect.signature(test).parameters if p in (*VALUES, "dtype")]
+        values = [DTYPES[name] if p == "dtype" else VALUES[p] for p in parameters]
+        for combination in itertools.product(*values):
+            arguments = dict(zip(parameters, combination, strict=True))
+            shown = [getattr(x, "__name__", str(x)) for x in combination if x is not None]
+            yield pytest.param(name, arguments, id="-".join([name, *shown]))
+
+
+@pytest.mark.parametrize("optimizer", FACTORIES)
+@pytest.mark.parametrize(("name", "arguments"), cases())
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_common(monkeypatch, optimizer, name, arguments):
+    factory, settings = FACTORIES[optimizer]
+    monkeypatch.setattr(optax.contrib, optimizer, factory, raising=False)
+    if arguments.get("target") is _common_test._setup_rosenbrock and optimizer == "bounded_sgd":
+        settings = {"learning_rate": 1e-3}  # plain SGD diverges above
+    case = _common_test.ContribTest(methodName="run")
+    COMMON[name](case, opt_name=optimizer, opt_kwargs=settings, **arguments)
+
+
+SHARDING = {
+    name: test
+    for name, test in originals(sharding_test.ShardingTest).items()
+    if "optimizer" in inspect.signature(test).parameters
+}
+
+
+@pytest.mark.parametrize("optimizer", FACTORIES)
+@pytest.mark.parametrize("name", SHARDING)
+def test_sharding(optimizer, name):
+    factory, settings = FACTORIES[optimizer]
+    SHARDING[name](sharding_test.ShardingTest(methodName="run"), optimizer=factory(**settings))

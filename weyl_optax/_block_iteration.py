@@ -1,0 +1,483 @@
+r"""Spectral norms of a list of leaves, by warm-started block power iteration.
+
+One iteration on a matrix :math:`A`, from a block :math:`V` of :math:`k` vectors:
+
+.. math::
+
+    R = A V, \qquad Z = A^H R, \qquad V \leftarrow \text{a basis of } Z.
+
+It reads :math:`A` twice, and costs hardly more than with a single vector, since
+the products are bound by reading :math:`A`. The rest is :math:`k \times k`.
+
+A matrix that is sparse may leave the span of a block for good, which then sees nothing of it.
+So one vector of each block is drawn afresh in every update. Its image joins the block's twice:
+as it is, where a single column of :math:`A` stands out, and in its fifth power, entry by entry,
+which is nearly the row of :math:`A` that stands out.
+
+A matrix with a short side needs no search: its norm is that of the Gram matrix of this side.
+"""
+
+import functools
+import math
+import string
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from weyl_optax import _lapack, _sharding
+from weyl_optax._batching import map_batched
+from weyl_optax._dimension_numbers import MatrixSpec
+
+BLOCK_SIZE = 8  # vectors kept for each matrix
+COLD_ITERS = 16  # iterations that find a norm from a random block
+SHORT_SIDE = 16  # up to which a Gram matrix is cheaper than a search, and exact
+START_SIZE = 2.0**-10  # of the vectors of a new block, beside the unit vectors of a searched one
+
+Blocks: TypeAlias = Sequence[jax.Array | None]  # None for a matrix that is not searched
+
+
+def compute_dtype(x: Any) -> Any:
+    """float32 at least; float64 and complex leaves keep their own."""
+    dtype = jnp.result_type(x)
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def real_dtype(x: Any) -> Any:
+    """The dtype of a leaf's norms."""
+    return jnp.finfo(compute_dtype(x)).dtype
+
+
+def zero_norms(leaves: Sequence[Any], specs: Sequence[MatrixSpec]) -> list[jax.Array]:
+    """The norms of matrices that were never met, shape (*batch,)."""
+    return [
+        _sharding.reshard_as(a, _sharding.zeros(a, spec.batch_shape, real_dtype(a)), spec.batch)
+        for a, spec in zip(leaves, specs, strict=True)
+    ]
+
+
+def new_blocks(leaves: Sequence[Any], specs: Sequence[MatrixSpec], seed: int) -> Blocks:
+    """Blocks that were not searched yet.
+
+    The matrices of one model may all start from the same numbers: what they are has nothing to
+    do with them.
+
+    Args:
+        leaves: The leaves, or their shapes and dtypes.
+        specs: How they are read.
+        seed: Of the random numbers.
+
+    Returns:
+        `BLOCK_SIZE` vectors along the shorter side: shape (*batch, k, *output) or
+        (*batch, *reduction, k); None for a matrix that is not searched.
+    """
+    draws = jax.random.normal(jax.random.key(seed), (BLOCK_SIZE * _longest_side(specs),))
+
+    def new_block(a: Any, spec: MatrixSpec) -> jax.Array | None:
+        if not _is_searched(spec):
+            return None
+        labels = Labels.of(spec)
+        sizes = dict(zip(labels.leaf, spec.shape, strict=True), y=BLOCK_SIZE)
+        shape = [sizes[label] for label in labels.block]
+        own = shape[len(spec.batch) :]
+        start = draws[: math.prod(own)] * (START_SIZE / math.sqrt(min(spec.matrix_shape)))
+        start = start.astype(compute_dtype(a)).reshape(*(1 for _ in spec.batch), *own)
+        block = _sharding.zeros(a, shape, compute_dtype(a)) + start
+        return _sharding.reshard_as(a, block, labels.axes(labels.block))
+
+    return [new_block(a, spec) for a, spec in zip(leaves, specs, strict=True)]
+
+
+def _longest_side(specs: Sequence[MatrixSpec]) -> int:
+    """The size of the longest vector of a block."""
+    return max((min(spec.matrix_shape) for spec in specs if _is_searched(spec)), default=0)
+
+
+def updated_norms(
+    matrices: Sequence[jax.Array],
+    specs: Sequence[MatrixSpec],
+    blocks: Blocks,
+    last: Sequence[jax.Array | None],
+    count: jax.Array,
+    num_iters: jax.typing.ArrayLike,
+) -> tuple[list[jax.Array], Blocks]:
+    """The norms of matrices that changed since the last update.
+
+    Args:
+        matrices: The leaves.
+        specs: How they are read.
+        blocks: Those of the last update.
+        last: The norms of the last update; None if the matrix was searched before for sure.
+        count: The number of the update.
+        num_iters: Number of iterations, at least 1. May be traced.
+
+    Returns:
+        The norms, as of `spectral_norms`, and the next blocks; the block of a matrix that is
+        zero or not finite stays as it was.
+    """
+    key = jax.random.fold_in(jax.random.key(2), count)
+    signs = jax.random.rademacher(key, (_longest_side(specs),), jnp.float32)
+
+    def start(a: jax.Array, spec: MatrixSpec, v: Any, sigma: Any) -> jax.Array | None:
+        if v is None:
+            return None
+        if sigma is not None:
+            v = _seed_from_rows(a, spec, v, sigma)
+        return _with_fresh_vector(v, spec, signs)
+
+    starts = [start(*args) for args in zip(matrices, specs, blocks, last, strict=True)]
+    norms, found = spectral_norms(tuple(specs), matrices, starts, num_iters)
+    return norms, [
+        None if v is None or new is None else jnp.where(_expand(sigma > 0, v), new, v)
+        for v, new, sigma in zip(blocks, found, norms, strict=True)
+    ]
+
+
+def spectral_norms(
+    specs: tuple[MatrixSpec, ...],
+    matrices: Sequence[jax.Array],
+    blocks: Blocks,
+    num_iters: jax.typing.ArrayLike,
+) -> tuple[list[jax.Array], Blocks]:
+    """The spectral norms of leaves, and the next blocks.
+
+    Args:
+        specs: How the leaves are read.
+        matrices: The leaves.
+        blocks: Where to start.
+        num_iters: Number of iterations, at least 1. May be traced.
+
+    Returns:
+        The norms, of shape (*batch,) each: exact for vectors and matrices with a side of at most
+        `SHORT_SIDE`, estimates from below for others, NaN where one is not finite. They have
+        the derivative u v^H, of the leading singular vectors. And the next blocks.
+    """
+    once = isinstance(num_iters, int) and num_iters == 1
+    loop = None if once else jnp.asarray(num_iters)
+    return _spectral_norms(specs, list(matrices), list(blocks), loop)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
+def _spectral_norms(
+    specs: tuple[MatrixSpec, ...],
+    matrices: list[jax.Array],
+    blocks: list[jax.Array | None],
+    num_iters: jax.Array | None,
+) -> tuple[list[jax.Array], list[jax.Array | None]]:
+    leaves = [a.astype(compute_dtype(a)) for a in matrices]
+    norms: list[Any] = [
+        _vector_norm(a, spec) if _is_vector(spec) else None
+        for a, spec in zip(leaves, specs, strict=True)
+    ]
+    short = [i for i, spec in enumerate(specs) if _is_short(spec)]
+    grams = [_scaled_gram(leaves[i], specs[i]) for i in short]
+    largest = map_batched(lambda x: (_lapack.eigvalsh(x)[:, -1],), [(gram,) for gram, _ in grams])
+    for i, (_, scale), (square,) in zip(short, grams, largest, strict=True):
+        norms[i] = scale * jnp.sqrt(jnp.maximum(square.reshape(scale.shape), 0))
+
+    searched = [i for i, spec in enumerate(specs) if _is_searched(spec)]
+    step = functools.partial(
+        _iteration, [leaves[i] for i in searched], [Labels.of(specs[i]) for i in searched]
+    )
+    # The first iteration stands outside of the loop: its results are sharded as the leaves are.
+    found, new = step([blocks[i] for i in searched])
+    if num_iters is not None and searched:
+        count = jnp.ceil(num_iters).astype(jnp.int32)
+        found, new = lax.fori_loop(1, count, lambda _, carry: step(carry[1]), (found, new))
+    next_blocks = list(blocks)
+    for i, sigma, block in zip(searched, found, new, strict=True):
+        norms[i], next_blocks[i] = sigma, block
+    return norms, next_blocks
+
+
+@_spectral_norms.defjvp
+def _spectral_norms_jvp(specs: tuple[MatrixSpec, ...], primals: Any, tangents: Any) -> Any:
+    norms, blocks = _spectral_norms(specs, *primals)
+    derivatives = [
+        _derivative(a.astype(compute_dtype(a)), da.astype(compute_dtype(a)), spec, sigma, block)
+        for a, da, spec, sigma, block in zip(
+            primals[0], tangents[0], specs, norms, blocks, strict=True
+        )
+    ]
+    return (norms, blocks), (derivatives, jax.tree.map(jnp.zeros_like, blocks))
+
+
+def _derivative(
+    a: jax.Array, da: jax.Array, spec: MatrixSpec, sigma: jax.Array, block: jax.Array | None
+) -> jax.Array:
+    """Re(u^H dA v), of the singular vectors of the largest singular value; 0 for a zero matrix.
+
+    With v from the block, u = A v over a length such that u^H A v is the estimate of the norm:
+    then the derivative along A is the estimate too, as it should be for a norm.
+    """
+    inverse = jnp.where(sigma > 0, 1 / jnp.where(sigma > 0, sigma, 1), 0)
+    if _is_vector(spec):
+        unit = a * jnp.expand_dims(inverse, spec.matrix_axes).astype(a.dtype)
+        return jnp.sum(jnp.real(jnp.conj(unit) * da), axis=spec.matrix_axes)
+    labels = Labels.of(spec)
+    v = _once_differentiable(_leading_vector(a, spec, block))
+    along = labels.block.replace("y", "")
+    image = labels.image.replace("y", "")
+    expression = f"{labels.leaf},{along}->{image}"
+    u = _einsum(a, labels, expression, a, v)
+    u = u * _expand(inverse, u).astype(u.dtype)
+    moved = _einsum(a, labels, expression, da, v)
+    axes = tuple(range(len(spec.batch), u.ndim))
+    square = jnp.sum(jnp.real(jnp.conj(u) * u), axis=axes)
+    along = jnp.sum(jnp.real(jnp.conj(u) * moved), axis=axes)
+    return along / jnp.where(square > 0, square, 1)
+
+
+def _leading_vector(a: jax.Array, spec: MatrixSpec, block: jax.Array | None) -> jax.Array:
+    """The right singular vector v of the largest singular value."""
+    labels = Labels.of(spec)
+    if block is not None:
+        return lax.index_in_dim(block, -1, labels.block.index("y"), keepdims=False)
+    gram, _ = _scaled_gram(a, spec)
+    vectors = _lapack.eigh(gram)[1][..., -1]
+    sizes = dict(zip(labels.leaf, spec.shape, strict=True))
+    return vectors.reshape([sizes[label] for label in labels.block.replace("y", "")])
+
+
+@jax.custom_jvp
+def _once_differentiable(v: jax.Array) -> jax.Array:
+    return v
+
+
+@_once_differentiable.defjvp
+def _second_derivative(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "A spectral norm has no second derivative here. Put jax.lax.stop_gradient around the "
+        "norm, or around the update of the optimizer, in the inner derivative."
+    )
+
+
+def _is_vector(spec: MatrixSpec) -> bool:
+    """Whether it has one row or one column: its spectral norm is the 2-norm."""
+    return min(spec.matrix_shape) == 1
+
+
+def _is_short(spec: MatrixSpec) -> bool:
+    return 1 < min(spec.matrix_shape) <= SHORT_SIDE
+
+
+def _is_searched(spec: MatrixSpec) -> bool:
+    return min(spec.matrix_shape) > SHORT_SIDE
+
+
+class Labels(NamedTuple):
+    """Einsum labels: an axis by its position in the leaf, the vectors of a block `y`.
+
+    A vector along the output axes is a row, (*batch, k, *output), and one along the reduction
+    axes a column, (*batch, *reduction, k): so neither of the two products transposes the leaf.
+    The block lies along the shorter side.
+    """
+
+    batch: str
+    leaf: str
+    block: str  # V, and Z = A^H R
+    image: str  # R = A V
+
+    @classmethod
+    def of(cls, spec: MatrixSpec) -> "Labels":
+        batch, reduction, output = (
+            "".join(string.ascii_lowercase[axis] for axis in axes)
+            for axes in (spec.batch, spec.reduction, spec.output)
+        )
+        leaf = string.ascii_lowercase[: len(spec.shape)]
+        rows, columns = f"{batch}y{output}", f"{batch}{reduction}y"
+        m, n = spec.matrix_shape
+        return cls(batch, leaf, *((rows, columns) if n <= m else (columns, rows)))
+
+    def axes(self, labels: str) -> list[int | None]:
+        """The axis of the leaf for each label, None for one that the leaf has not."""
+        return [self.leaf.index(label) if label in self.leaf else None for label in labels]
+
+
+def _einsum(a: jax.Array, labels: Labels, expression: str, *operands: jax.Array) -> jax.Array:
+    """An einsum whose result lies on the devices as the axes of the leaf `a` do."""
+    axes = labels.axes(expression.rpartition("->")[2])
+    sharding = _sharding.of_axes(a, axes)
+    return jnp.einsum(expression, *operands, precision=lax.Precision.HIGHEST, out_sharding=sharding)
+
+
+def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.expand_dims(per_matrix, tuple(range(per_matrix.ndim, like.ndim)))
+
+
+def _scaled(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """X over its largest absolute value, so that no square of it overflows, and this value."""
+    largest = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True)
+    scaled = x / jnp.where(largest > 0, largest, 1).astype(x.dtype)
+    return scaled, jnp.squeeze(largest, tuple(axes))
+
+
+def _vector_norm(a: jax.Array, spec: MatrixSpec) -> jax.Array:
+    """The 2-norm over all but the batch axes, without overflow or underflow."""
+    a, largest = _scaled(jnp.abs(a), spec.matrix_axes)
+    return largest * jnp.sqrt(jnp.sum(a * a, axis=spec.matrix_axes))
+
+
+def _scaled_gram(a: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
+    """The Gram matrices of the short side, (b, n, n), and by what their matrices were divided."""
+    labels, size = Labels.of(spec), min(spec.matrix_shape)
+    a, scale = _scaled(a, spec.matrix_axes)
+    a = jnp.where(jnp.isfinite(jnp.expand_dims(scale, spec.matrix_axes)), a, 0)
+    side = labels.block.translate({ord(label): None for label in labels.batch + "y"})
+    other = labels.leaf.translate({ord(label): label.upper() for label in side})
+    gram = jnp.einsum(
+        f"{labels.leaf},{other}->{labels.batch}{side}{side.upper()}",
+        jnp.conj(a),
+        a,
+        precision=lax.Precision.HIGHEST,
+        # No mesh axis can shard both copies of the side.
+        out_sharding=_sharding.of_axes(a, [*spec.batch, *[None] * (2 * len(side))]),
+    )
+    return _sharding.replicate(gram).reshape(-1, size, size), scale
+
+
+def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Array) -> jax.Array:
+    """A block, with rows of the matrix added where this was zero, or not finite, before.
+
+    A row of A is A^H times a unit vector, and so ahead of a random vector by half an iteration.
+    The rows are as short as a new block: one that was searched goes on almost unchanged.
+    """
+    labels, batch = Labels.of(spec), len(spec.batch)
+    along = labels.block.replace("y", "")
+    far = [axis for axis in range(a.ndim) if labels.leaf[axis] not in along]
+    # BLOCK_SIZE rows at even distances, from the first of the matrix on.
+    sizes = spec.sizes(far)
+    count = math.prod(sizes)
+    places = np.unravel_index(np.arange(BLOCK_SIZE) * (count // BLOCK_SIZE), sizes)
+    index: list[Any] = [slice(None)] * a.ndim
+    for axis, place in zip(far, places, strict=True):
+        index[axis] = place
+    # Indexed axes that are not neighbors come first, others stay where they are.
+    neighbors = far == list(range(far[0], far[-1] + 1))
+    kept = [axis for axis in range(a.ndim) if axis not in far]
+    position = far[0] if neighbors else 0
+    order: list[int | None] = [*kept[:position], None, *kept[position:]]
+    rows = a.at[tuple(index)].get(
+        mode="promise_in_bounds", out_sharding=_sharding.of_axes(a, order)
+    )
+    rows = jnp.transpose(rows, [order.index(axis) for axis in labels.axes(labels.block)])
+    rows, scale = _scaled(jnp.conj(rows.astype(v.dtype)), range(batch, v.ndim))
+    unseen = _expand(~(last > 0) & jnp.isfinite(scale), v)
+    return v + jnp.where(unseen, jnp.asarray(START_SIZE, v.dtype) * rows, 0)
+
+
+def _with_fresh_vector(v: jax.Array, spec: MatrixSpec, signs: jax.Array) -> jax.Array:
+    """The block with random signs in place of its least vector, the first."""
+    labels = Labels.of(spec)
+    axis = labels.block.index("y")
+    sizes = [size if i >= len(spec.batch) else 1 for i, size in enumerate(v.shape)]
+    sizes[axis] = 1
+    length = math.prod(sizes)
+    fresh = (signs[:length] / math.sqrt(length)).astype(v.dtype).reshape(sizes)
+    is_first = lax.broadcasted_iota(
+        jnp.int32, [BLOCK_SIZE if i == axis else 1 for i in range(v.ndim)], axis
+    )
+    return jnp.where(is_first == 0, fresh, v)
+
+
+def _iteration(
+    leaves: Sequence[jax.Array], labels: Sequence[Labels], blocks: Sequence[Any]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """One iteration on every matrix: its norm and its next block."""
+    products, small = [], []
+    for a, label, v in zip(leaves, labels, blocks, strict=True):
+        r, z, factor = _products(a, label, v)
+        products.append(z)
+        grams = _gram(a, label, label.image, r), _gram(a, label, label.block, z)
+        small.append(tuple(_flat(x, len(label.batch)) for x in (factor, *grams)))
+
+    solved = map_batched(_rayleigh_ritz, small)
+    norms, next_blocks = [], []
+    for a, v, z, label, solution in zip(leaves, blocks, products, labels, solved, strict=True):
+        batch = v.shape[: len(label.batch)]
+        sigma, rotation, nonzero = (
+            _sharding.reshard_as(a, x.reshape(*batch, *x.shape[1:]), label.axes(label.batch))
+            for x in solution
+        )
+        mix = f"{label.block},{label.batch}yz->{label.block.replace('y', 'z')}"
+        rotated = _einsum(a, label, mix, z, rotation)
+        # A direction in which A is zero gives no vector: the one that was there stays.
+        axes = [axis for axis in range(v.ndim) if label.block[axis] not in label.batch + "y"]
+        next_blocks.append(jnp.where(jnp.expand_dims(nonzero, axes), rotated, v))
+        norms.append(sigma)
+    return norms, next_blocks
+
+
+def _products(a: jax.Array, labels: Labels, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R = A V with one vector more, Z = A^H R over a factor, and the factor, shape (*batch,).
+
+    Every vector of R has a largest entry of 1: no product and no Gram matrix overflows or
+    underflows.
+    """
+    y = labels.image.index("y")
+    r = _einsum(a, labels, f"{labels.leaf},{labels.block}->{labels.image}", a, v)
+    r, largest = _scaled(r, [i for i in range(len(labels.batch), r.ndim) if i != y])
+    fresh = lax.slice_in_dim(r, 0, 1, axis=y)
+    r = lax.concatenate([fresh * (jnp.abs(fresh) ** 4).astype(r.dtype), r], y)
+    factor = jnp.max(largest, axis=-1)
+    z = _einsum(a, labels, f"{labels.image},{labels.leaf}->{labels.block}", jnp.conj(r), a)
+    return r, jnp.conj(z) / _expand(jnp.where(factor > 0, factor, 1), z).astype(z.dtype), factor
+
+
+def _gram(a: jax.Array, labels: Labels, x_labels: str, x: jax.Array) -> jax.Array:
+    """X^H X, shape (*batch, k, k)."""
+    expression = f"{x_labels},{x_labels.replace('y', 'z')}->{labels.batch}yz"
+    return _einsum(a, labels, expression, jnp.conj(x), x)
+
+
+def _flat(x: jax.Array, batch: int) -> jax.Array:
+    """The batch axes as one, on every device."""
+    return _sharding.replicate(x).reshape(-1, *x.shape[batch:])
+
+
+def _rayleigh_ritz(
+    factor: jax.Array, gram_r: jax.Array, gram_z: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""The Rayleigh-Ritz step of a block.
+
+    With :math:`R^H R = Q S^2 Q^H`, the columns of :math:`R Q S^{-1}` are an
+    orthonormal basis of the span of :math:`R`, and :math:`Y = Z Q S^{-1}` is
+    :math:`A^H` on it. With :math:`Y^H Y = P T^2 P^H`, the largest :math:`\|A^H x\|`
+    of a unit vector :math:`x` in that span is :math:`T_1`, and the next block is
+    :math:`Y P T^{-1}`, again orthonormal, less its least vectors. A direction of :math:`R` that
+    depends on others, :math:`S_i = 0`, gives no vector.
+
+    Args:
+        factor: By which :math:`Z` was divided, shape (b,).
+        gram_r: :math:`R^H R`, shape (b, k, k).
+        gram_z: :math:`Z^H Z`, shape (b, k, k).
+
+    Returns:
+        :math:`T_1` of the undivided :math:`A`, shape (b,), NaN if something is not finite;
+        `rotation`, shape (b, k, BLOCK_SIZE): the next block is `Z rotation`; and which of its
+        vectors are nonzero, shape (b, BLOCK_SIZE).
+    """
+    k, eps = gram_r.shape[-1], jnp.finfo(gram_r.dtype).eps
+    finite = jnp.isfinite(factor) & jnp.isfinite(gram_z).all((-1, -2))
+    gram_r, gram_z = (jnp.where(finite[:, None, None], x, 0) for x in (gram_r, gram_z))
+    s2, q = _lapack.eigh(gram_r)  # ascending
+    nonzero = s2 > k * eps * s2[:, -1:]
+
+    def columns_over_root(x: jax.Array, squares: jax.Array) -> jax.Array:
+        """X D^(-1/2), without the columns that are zero."""
+        inverse = jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, squares, 1)), 0)
+        return x * inverse[:, None, :].astype(x.dtype)
+
+    def product(expression: str, *operands: jax.Array) -> jax.Array:
+        return jnp.einsum(expression, *operands, precision=lax.Precision.HIGHEST)
+
+    y = columns_over_root(q, s2)
+    t2, p = _lapack.eigh(product("bji,bjk,bkl->bil", jnp.conj(y), gram_z, y))
+    t2 = jnp.maximum(t2, eps * t2[:, -1:])
+    rotation = columns_over_root(product("bij,bjk->bik", y, p), t2)
+    sigma = jnp.where(finite, factor * jnp.sqrt(t2[:, -1]), jnp.nan)
+    return sigma, rotation[..., -BLOCK_SIZE:], nonzero[:, -BLOCK_SIZE:]

@@ -1,0 +1,311 @@
+"""How the leaves of a parameter tree are read as batches of matrices.
+
+The specification is `optax.contrib.MuonDimensionNumbers`, so that a tree written
+for Muon works unchanged. Axes that it does not name are batch axes.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import MuonDimensionNumbers
+
+WeightDimNumOrFn: TypeAlias = (
+    MuonDimensionNumbers | optax.Params | Callable[[optax.Params], optax.Params]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixSpec:
+    """A leaf, read as a batch of matrices of shape (reduction, output)."""
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]  # axes, ascending; each index is a matrix of its own
+    reduction: tuple[int, ...]  # axes, ascending; together the rows
+    output: tuple[int, ...]  # axes, ascending; together the columns
+
+    def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of some axes."""
+        return tuple(self.shape[axis] for axis in axes)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of an array with an entry for each matrix."""
+        return self.sizes(self.batch)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return math.prod(self.sizes(self.reduction)), math.prod(self.sizes(self.output))
+
+    @property
+    def matrix_axes(self) -> tuple[int, ...]:
+        """All axes but the batch axes."""
+        return self.reduction + self.output
+
+
+def resolve_dimension_numbers(
+    params: optax.Params, weight_dimension_numbers: WeightDimNumOrFn | None
+) -> Any:
+    """Reads every leaf as a batch of matrices.
+
+    Args:
+        params: A tree of arrays, or of anything with a shape and a dtype.
+        weight_dimension_numbers: For each leaf, or for a whole subtree, a
+            `MuonDimensionNumbers`, or `None` to leave it unbounded; or a function
+            that makes such a tree of `params`. By default, see `default_numbers`.
+
+    Returns:
+        A tree like `params`, boxes taken off: a `MatrixSpec` for each leaf, or `None` where
+        the specification is `None`, and for leaves without floating or complex entries.
+
+    Raises:
+        ValueError: If the specification does not fit `params`.
+    """
+    leaves, treedef = leaves_with_path(params)
+    for path, count in Counter(path_name(path) for path, _ in leaves).items():
+        if count > 1:
+            raise ValueError(f"Two leaves have the path {path!r}. Rename one of them.")
+    if weight_dimension_numbers is None:
+        numbers = [default_numbers(len(shape_of(leaf))) for _, leaf in leaves]
+    else:
+        # A tree can be callable too: an Equinox model of numbers.
+        if callable(weight_dimension_numbers) and jax.tree_util.all_leaves(
+            [weight_dimension_numbers]
+        ):
+            weight_dimension_numbers = weight_dimension_numbers(params)
+        numbers = _specified_numbers(params, leaves, weight_dimension_numbers)
+    return treedef.unflatten(
+        _matrix_spec(path, shape_of(leaf), entry)
+        if entry is not None and _has_floats(leaf)
+        else None
+        for (path, leaf), entry in zip(leaves, numbers, strict=True)
+    )
+
+
+def default_numbers(rank: int) -> MuonDimensionNumbers:
+    """The reading of a leaf of which only the rank is known.
+
+    Ranks 0 and 1 are scalars and vectors; above that the last two axes are the matrix and
+    the rest is batch, as in `jnp.linalg`.
+    """
+    if rank < 2:
+        return MuonDimensionNumbers((), tuple(range(-rank, 0)))
+    return MuonDimensionNumbers((-2,), (-1,))
+
+
+class BoundedLeaves:
+    """The leaves of a tree that are bounded, out of their boxes, as a list.
+
+    They are those for which `weight_dimension_numbers` says how, less those whose update is
+    `None`, which are not trained.
+
+    Args:
+        params: As for `resolve_dimension_numbers`.
+        weight_dimension_numbers: As there.
+        updates: Of the structure of `params`, but for `None` in place of leaves.
+
+    Raises:
+        ValueError: As `resolve_dimension_numbers`, and if `updates` do not fit `params`.
+    """
+
+    def __init__(
+        self,
+        params: optax.Params,
+        weight_dimension_numbers: WeightDimNumOrFn | None,
+        updates: optax.Updates | None = None,
+    ):
+        leaves, self._treedef = leaves_with_path(params if updates is None else updates)
+        specs = resolve_dimension_numbers(params, weight_dimension_numbers)
+        try:
+            specs = self._treedef.flatten_up_to(specs)
+        except ValueError as error:
+            raise ValueError(f"updates and params differ in structure: {error}") from None
+        self._specs = {
+            i: spec
+            for i, ((_, leaf), spec) in enumerate(zip(leaves, specs, strict=True))
+            if spec is not None and leaf is not None
+        }
+        for i, spec in self._specs.items():
+            path, leaf = leaves[i]
+            if shape_of(leaf) != spec.shape:
+                raise ValueError(
+                    f"The leaf {path_name(path)!r} has shape {shape_of(leaf)} in updates, "
+                    f"{spec.shape} in params."
+                )
+
+    @property
+    def specs(self) -> tuple[MatrixSpec, ...]:
+        """How each is read."""
+        return tuple(self._specs.values())
+
+    def of(self, tree: Any) -> list[Any]:
+        """What another tree of this structure has in their places."""
+        leaves = self._treedef.flatten_up_to(tree)
+        return [unbox(leaves[i]) for i in self._specs]
+
+    def put(self, values: Sequence[Any], tree: Any = None) -> Any:
+        """A tree of this structure with the values in their places, and elsewhere as `tree`."""
+        leaves = [None] * self._treedef.num_leaves
+        if tree is not None:
+            leaves = self._treedef.flatten_up_to(tree)
+        for i, value in zip(self._specs, values, strict=True):
+            leaves[i] = replace_boxed(leaves[i], value)
+        return self._treedef.unflatten(leaves)
+
+
+def leaves_with_path(tree: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
+    """The leaves of a tree, out of their boxes, with their paths; and its structure.
+
+    `None` counts as a leaf, and so does a box: what the bound keeps for an array has not the
+    axes that the box names.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    return [(names(path), unbox(leaf)) for path, leaf in leaves], treedef
+
+
+def is_boxed(x: Any) -> bool:
+    """Whether it is an array in metadata: a `flax.linen.Partitioned`, or a `flax.nnx.Variable`."""
+    return hasattr(x, "unbox") or hasattr(x, "get_metadata")
+
+
+def unbox(x: Any) -> Any:
+    """What is in a box; and what is in none, itself."""
+    if not is_boxed(x):
+        return x
+    (content,) = jax.tree.leaves(x, is_leaf=_is_entry)
+    return content
+
+
+def replace_boxed(x: Any, content: Any) -> Any:
+    """The same box around something else, or that itself if there is none."""
+    return jax.tree.map(lambda _: content, x) if is_boxed(x) else content
+
+
+def overridden(
+    paths: Sequence[str], overrides: Mapping[str, MuonDimensionNumbers | None] | None
+) -> dict[str, MuonDimensionNumbers | None]:
+    """The entries that patterns of paths, as `"*/norm/scale"`, give; the first match counts.
+
+    Raises:
+        ValueError: If a pattern matches no path.
+    """
+    numbers: dict[str, MuonDimensionNumbers | None] = {}
+    for pattern, entry in (overrides or {}).items():
+        matches = [path for path in paths if fnmatchcase(path, pattern)]
+        if not matches:
+            raise ValueError(
+                f"overrides has {pattern!r}, which matches none of the leaves {sorted(paths)}."
+            )
+        numbers = dict.fromkeys(matches, entry) | numbers
+    return numbers
+
+
+def names(path: Sequence[Any]) -> tuple[str, ...]:
+    """A leaf's path, whatever the containers are: a field, a key and an index are names."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def path_name(path: Sequence[str]) -> str:
+    """A leaf's path as `a/b/c`."""
+    return "/".join(path)
+
+
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """The shape of an array, of a `jax.ShapeDtypeStruct`, or of a Python number."""
+    return tuple(getattr(leaf, "shape", ()))
+
+
+def _is_leaf(x: Any) -> bool:
+    return x is None or is_boxed(x)
+
+
+def _is_hole(x: Any) -> bool:
+    return x is None or isinstance(x, optax.MaskedNode)
+
+
+def _is_entry(x: Any) -> bool:
+    return _is_hole(x) or isinstance(x, MuonDimensionNumbers)
+
+
+def _has_floats(leaf: Any) -> bool:
+    """Whether it has entries, and they are floating or complex."""
+    if not (hasattr(leaf, "dtype") or isinstance(leaf, (float, complex))):
+        return False
+    return math.prod(shape_of(leaf)) > 0 and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _specified_numbers(
+    params: optax.Params, leaves: Sequence[tuple[tuple[str, ...], Any]], specification: Any
+) -> list[MuonDimensionNumbers | None]:
+    """The entry for each leaf: the one at its path, or at the path of a subtree around it."""
+    entries = {
+        names(path): None if _is_hole(unbox(entry)) else unbox(entry)
+        for path, entry in jax.tree.leaves_with_path(
+            specification, is_leaf=lambda x: _is_entry(x) or is_boxed(x)
+        )
+    }
+    used, numbers = set(), []
+    for path, leaf in leaves:
+        around = [path[:end] for end in range(len(path) + 1) if path[:end] in entries]
+        if not around and _has_floats(leaf):
+            raise ValueError(
+                f"weight_dimension_numbers has no entry for the leaf {path_name(path)!r} of shape "
+                f"{shape_of(leaf)}. Give it optax.contrib.MuonDimensionNumbers("
+                "reduction_axis, output_axis), or None to leave it unbounded."
+            )
+        used.update(around)
+        numbers.append(entries[around[-1]] if around else None)
+
+    # Where params is masked, the specification may say anything.
+    masked = [
+        names(path)
+        for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_hole)
+        if _is_hole(leaf)
+    ]
+    for path in entries.keys() - used:
+        if not any(path[: len(hole)] == hole or hole[: len(path)] == path for hole in masked):
+            paths = sorted(path_name(path) for path, _ in leaves)
+            raise ValueError(
+                f"weight_dimension_numbers has an entry at {path_name(path)!r}, where params has "
+                f"no leaf. The leaves of params are {paths}: give each of them one entry."
+            )
+    return numbers
+
+
+def _matrix_spec(
+    path: tuple[str, ...], shape: tuple[int, ...], numbers: MuonDimensionNumbers
+) -> MatrixSpec:
+    where = f"for the leaf {path_name(path)!r} of shape {shape}"
+    if not isinstance(numbers, MuonDimensionNumbers):
+        raise ValueError(
+            f"weight_dimension_numbers has {numbers!r} {where}. "
+            "Write optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis), or None."
+        )
+
+    def normalize(axes: int | Sequence[int]) -> tuple[int, ...]:
+        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        for axis in axes:
+            if not -len(shape) <= axis < len(shape):
+                raise ValueError(
+                    f"weight_dimension_numbers has {numbers} {where}: it has no axis {axis}. A "
+                    "vector is written with no reduction axis, "
+                    "MuonDimensionNumbers(reduction_axis=(), output_axis=0)."
+                )
+        return tuple(sorted(axis % len(shape) for axis in axes))
+
+    reduction, output = normalize(numbers.reduction_axis), normalize(numbers.output_axis)
+    named = reduction + output
+    if len(set(named)) < len(named):
+        raise ValueError(
+            f"weight_dimension_numbers has {numbers} {where}, which names an axis twice. "
+            "An axis is a reduction, an output, or, unnamed, a batch axis."
+        )
+    batch = tuple(axis for axis in range(len(shape)) if axis not in named)
+    return MatrixSpec(shape, batch, reduction, output)

@@ -1,0 +1,45 @@
+"""Where the arrays of the bound lie, in a mesh with explicit axes.
+
+There, JAX wants to be told how each result is sharded. The bound's arrays have some of a leaf's
+axes, and lie on the devices as these do. In other meshes the compiler decides, and nothing is done
+here.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def of_axes(a: Any, axes: Sequence[int | None]) -> NamedSharding | None:
+    """How an array lies that has these axes of `a`; None is an axis that `a` has not."""
+    if not isinstance(a, jax.Array):
+        return None  # a shape alone, or an array of NumPy
+    sharding = jax.typeof(a).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    spec = [None if axis is None else sharding.spec[axis] for axis in axes]
+    return NamedSharding(sharding.mesh, P(*spec))
+
+
+def zeros(a: Any, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Zeros that vary over the manual axes of a `shard_map` over which `a` does."""
+    if isinstance(a, Tracer):
+        return lax.full_like(a, 0, dtype, shape)
+    return jnp.zeros(shape, dtype)
+
+
+def reshard_as(a: Any, x: jax.Array, axes: Sequence[int | None]) -> jax.Array:
+    """`x`, laid as the axes of `a` that it begins with; the rest of its axes are not sharded."""
+    sharding = of_axes(a, [*axes, *[None] * (x.ndim - len(axes))])
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """`x` on every device."""
+    return reshard_as(x, x, [None] * x.ndim)
