@@ -3,12 +3,13 @@
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 
 def check_at_least(name: str, value: Any, least: float) -> None:
     """Checks a Python number. A schedule or an array is known only when it runs."""
-    if isinstance(value, (int, float)) and not value >= least:
+    if isinstance(value, (int, float, np.generic)) and not float(value) >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 

@@ -14,8 +14,8 @@ def map_batched(fn: Callable[..., Problem], problems: Sequence[Problem]) -> list
     """Calls `fn` on the arrays of every leaf.
 
     An accelerator would be idle in calls so small: there, one call has all leaves of one size and
-    dtype. On a CPU, where a call costs nothing, XLA compiles kernels that are alike once, but the
-    slice of every part of a joined result anew.
+    dtype. On a CPU calls are cheap, and joining costs compile time: each slice of the joined result
+    is a kernel of its own.
     """
     return lax.platform_dependent(
         problems,

@@ -35,6 +35,7 @@ from weyl_optax._dimension_numbers import MatrixSpec
 BLOCK_SIZE = 8  # vectors kept for each matrix
 COLD_ITERS = 16  # iterations that find a norm from a random block
 SHORT_SIDE = 16  # up to which a Gram matrix is cheaper than a search, and exact
+WEIGHT_SEED, UPDATE_SEED, FRESH_SEED = 0, 1, 2  # of new blocks, and of fresh vectors
 START_SIZE = 2.0**-10  # of the vectors of a new block, beside the unit vectors of a searched one
 
 Blocks: TypeAlias = Sequence[jax.Array | None]  # None for a matrix that is not searched
@@ -52,7 +53,7 @@ def real_dtype(x: Any) -> Any:
 
 
 def zero_norms(leaves: Sequence[Any], specs: Sequence[MatrixSpec]) -> list[jax.Array]:
-    """The norms of matrices that were never met, shape (*batch,)."""
+    """The norms before the first search: zeros, shape (*batch,)."""
     return [
         _sharding.reshard_as(a, _sharding.zeros(a, spec.batch_shape, real_dtype(a)), spec.batch)
         for a, spec in zip(leaves, specs, strict=True)
@@ -62,8 +63,7 @@ def zero_norms(leaves: Sequence[Any], specs: Sequence[MatrixSpec]) -> list[jax.A
 def new_blocks(leaves: Sequence[Any], specs: Sequence[MatrixSpec], seed: int) -> Blocks:
     """Blocks that were not searched yet.
 
-    The matrices of one model may all start from the same numbers: what they are has nothing to
-    do with them.
+    All leaves start from the same random numbers, which do not depend on their matrices.
 
     Args:
         leaves: The leaves, or their shapes and dtypes.
@@ -110,7 +110,7 @@ def updated_norms(
         matrices: The leaves.
         specs: How they are read.
         blocks: Those of the last update.
-        last: The norms of the last update; None if the matrix was searched before for sure.
+        last: The norms of the last update; None for a leaf that gets no rows of its own.
         count: The number of the update.
         num_iters: Number of iterations, at least 1. May be traced.
 
@@ -118,7 +118,7 @@ def updated_norms(
         The norms, as of `spectral_norms`, and the next blocks; the block of a matrix that is
         zero or not finite stays as it was.
     """
-    key = jax.random.fold_in(jax.random.key(2), count)
+    key = jax.random.fold_in(jax.random.key(FRESH_SEED), count)
     signs = jax.random.rademacher(key, (_longest_side(specs),), jnp.float32)
 
     def start(a: jax.Array, spec: MatrixSpec, v: Any, sigma: Any) -> jax.Array | None:
@@ -220,16 +220,14 @@ def _derivative(
         return jnp.sum(jnp.real(jnp.conj(unit) * da), axis=spec.matrix_axes)
     labels = Labels.of(spec)
     v = _once_differentiable(_leading_vector(a, spec, block))
-    along = labels.block.replace("y", "")
-    image = labels.image.replace("y", "")
-    expression = f"{labels.leaf},{along}->{image}"
+    vector, image = (side.replace("y", "") for side in (labels.block, labels.image))
+    expression = f"{labels.leaf},{vector}->{image}"
     u = _einsum(a, labels, expression, a, v)
     u = u * _expand(inverse, u).astype(u.dtype)
     moved = _einsum(a, labels, expression, da, v)
     axes = tuple(range(len(spec.batch), u.ndim))
     square = jnp.sum(jnp.real(jnp.conj(u) * u), axis=axes)
-    along = jnp.sum(jnp.real(jnp.conj(u) * moved), axis=axes)
-    return along / jnp.where(square > 0, square, 1)
+    return jnp.sum(jnp.real(jnp.conj(u) * moved), axis=axes) / jnp.where(square > 0, square, 1)
 
 
 def _leading_vector(a: jax.Array, spec: MatrixSpec, block: jax.Array | None) -> jax.Array:
@@ -343,23 +341,22 @@ def _scaled_gram(a: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
 def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Array) -> jax.Array:
     """A block, with rows of the matrix added where this was zero, or not finite, before.
 
-    A row of A is A^H times a unit vector, and so ahead of a random vector by half an iteration.
-    The rows are as short as a new block: one that was searched goes on almost unchanged.
+    A row of A is A^H e_i, already in the row space of A, as a random vector is only after a product
+    with A^H. They are scaled by START_SIZE, so that they hardly change a block that was searched.
     """
     labels, batch = Labels.of(spec), len(spec.batch)
-    along = labels.block.replace("y", "")
-    far = [axis for axis in range(a.ndim) if labels.leaf[axis] not in along]
+    long_axes = [axis for axis in range(a.ndim) if labels.leaf[axis] not in labels.block]
     # BLOCK_SIZE rows at even distances, from the first of the matrix on.
-    sizes = spec.sizes(far)
+    sizes = spec.sizes(long_axes)
     count = math.prod(sizes)
     places = np.unravel_index(np.arange(BLOCK_SIZE) * (count // BLOCK_SIZE), sizes)
     index: list[Any] = [slice(None)] * a.ndim
-    for axis, place in zip(far, places, strict=True):
+    for axis, place in zip(long_axes, places, strict=True):
         index[axis] = place
     # Indexed axes that are not neighbors come first, others stay where they are.
-    neighbors = far == list(range(far[0], far[-1] + 1))
-    kept = [axis for axis in range(a.ndim) if axis not in far]
-    position = far[0] if neighbors else 0
+    are_neighbors = long_axes == list(range(long_axes[0], long_axes[-1] + 1))
+    kept = [axis for axis in range(a.ndim) if axis not in long_axes]
+    position = long_axes[0] if are_neighbors else 0
     order: list[int | None] = [*kept[:position], None, *kept[position:]]
     rows = a.at[tuple(index)].get(
         mode="promise_in_bounds", out_sharding=_sharding.of_axes(a, order)

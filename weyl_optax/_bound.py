@@ -16,18 +16,19 @@ from weyl_optax._tabulate import warn_of_reading_by_rank
 class WeylBoundState(NamedTuple):
     """State of :func:`scale_by_weyl_bound`.
 
-    Every field but the first and the last is a tree like the params, with ``None`` for a leaf that
-    has nothing there. None of their arrays has the shape of a param: :func:`optax.tree.map_params`
-    hands each of these fields, whole, to its ``transform_non_params``.
+    Every field but the first is a tree like the params, with ``None`` for a leaf that has nothing
+    there. None of their arrays has the shape of a param: :func:`optax.tree.map_params` hands each
+    field, whole, to its ``transform_non_params``, and the result is a prefix of the state, as
+    :func:`jax.jit` and :func:`jax.device_put` take it for shardings.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
-    weight_block: Any  # 8 vectors, for matrices with sides above 16; float32 at least.
-    update_block: Any  # 8 vectors, for matrices with sides above 16; float32 at least.
+    # A block is 8 vectors along the shorter side, if that is above 16; float32 at least.
+    weight_block: Any  # shape=(*batch, 8, *output) or (*batch, *reduction, 8)
+    update_block: Any  # The same.
     sigma_weight: Any  # shape=batch. Norm of the weight, last update.
     sigma_update: Any  # shape=batch. Norm of the update, last update.
     scale: Any  # shape=batch. Factor applied to the last update.
-    weight_decay: optax.OptState  # State of optax.add_decayed_weights.
 
 
 def scale_by_weyl_bound(
@@ -73,7 +74,9 @@ def scale_by_weyl_bound(
         weight_decay: Strength of the decoupled weight decay :math:`\lambda`, or a
             schedule. It is added after :math:`\sigma_1(U_t)` is measured, and scaled
             by the same factor:
-            :math:`W_t = W_{t-1} - \alpha_t U_t - \alpha_t \lambda W_{t-1}`.
+            :math:`W_t = W_{t-1} - \alpha_t U_t - \alpha_t \lambda W_{t-1}`. That is for use
+            before :func:`optax.scale_by_learning_rate`: after a whole optimizer, whose update
+            is negated already, give the decay to that optimizer instead.
         weight_decay_mask: The leaves to decay, as in :func:`optax.add_decayed_weights`.
         min_std: A weight with a norm below
             ``min_std * (sqrt(m) + sqrt(n))``, that of an :math:`m \times n` Gaussian
@@ -94,7 +97,8 @@ def scale_by_weyl_bound(
             is nearly always enough; each reads the weights and the updates twice. One
             vector is drawn afresh each time, so that parts of a matrix that were zero are
             seen when they are not any more. The first update has no such start, and its
-            norm can be some percent too low. The norm of a matrix with a side of at most
+            norm can be some percent too low; so can the norm of a weight that was zero in
+            ``init``, for some updates. The norm of a matrix with a side of at most
             16 is always exact.
 
     Returns:
@@ -133,23 +137,22 @@ def scale_by_weyl_bound(
     check_at_least("weight_decay", weight_decay, 0)
     check_at_least("min_std", min_std, 0)
     check_at_least("num_iters", num_iters, 1)
-    decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
 
     def init_fn(params: optax.Params) -> WeylBoundState:
         if _is_placeholder(params):
-            return WeylBoundState(*[0] * 6, weight_decay=decay.init(params))  # type: ignore
+            return WeylBoundState(*[0] * len(WeylBoundState._fields))  # type: ignore
         if weight_dimension_numbers is None:
             warn_of_reading_by_rank(params)
         leaves = BoundedLeaves(params, weight_dimension_numbers)
         weights = leaves.of(params)
         weight_blocks, update_blocks = (
-            _block_iteration.new_blocks(weights, leaves.specs, seed) for seed in (0, 1)
+            _block_iteration.new_blocks(weights, leaves.specs, seed)
+            for seed in (_block_iteration.WEIGHT_SEED, _block_iteration.UPDATE_SEED)
         )
-        sigma_weights, sigma_updates = (
-            _block_iteration.zero_norms(weights, leaves.specs) for _ in range(2)
-        )
-        # Of an abstract weight there is nothing to search: its first update does it.
-        if not any(isinstance(w, jax.ShapeDtypeStruct) for w in weights):
+        sigma_updates = _block_iteration.zero_norms(weights, leaves.specs)
+        if any(isinstance(w, jax.ShapeDtypeStruct) for w in weights):
+            sigma_weights = _block_iteration.zero_norms(weights, leaves.specs)
+        else:
             sigma_weights, weight_blocks = _block_iteration.spectral_norms(
                 leaves.specs,
                 [jnp.asarray(w) for w in weights],
@@ -163,7 +166,6 @@ def scale_by_weyl_bound(
             sigma_weight=leaves.put(sigma_weights),
             sigma_update=leaves.put(sigma_updates),
             scale=leaves.put([jnp.ones_like(sigma) for sigma in sigma_weights]),
-            weight_decay=decay.init(params),
         )
 
     def update_fn(
@@ -187,7 +189,8 @@ def scale_by_weyl_bound(
             weights + steps,
             leaves.specs * 2,
             leaves.of(state.weight_block) + leaves.of(state.update_block),
-            # A weight was searched in init, and is never another from one step to the next.
+            # A weight goes on from its block. One that was abstract or zero in init starts from a
+            # random one, and its norm is too low, on the safe side, for some updates.
             [None] * len(weights) + leaves.of(state.sigma_update),
             state.count,
             num_iters,
@@ -200,10 +203,16 @@ def scale_by_weyl_bound(
                 leaves.specs, sigma_weights, sigma_updates, strict=True
             )
         ]
-        updates, decay_state = decay.update(updates, state.weight_decay, params)
+        dtypes = [jnp.asarray(u).dtype for u in leaves.of(updates)]
+        if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
+            strength: Any = value_at(weight_decay, state.count)
+            decay = optax.add_decayed_weights(strength, weight_decay_mask)
+            updates, _ = decay.update(updates, decay.init(params), params)
         bounded = [
-            _rescale(jnp.asarray(u), scale, spec)
-            for u, scale, spec in zip(leaves.of(updates), scales, leaves.specs, strict=True)
+            _rescale(jnp.asarray(u), scale, spec).astype(dtype)
+            for u, scale, spec, dtype in zip(
+                leaves.of(updates), scales, leaves.specs, dtypes, strict=True
+            )
         ]
         return leaves.put(bounded, updates), WeylBoundState(
             count=jnp.asarray(optax.safe_increment(state.count)),
@@ -212,7 +221,6 @@ def scale_by_weyl_bound(
             sigma_weight=leaves.put(sigma_weights, state.sigma_weight),
             sigma_update=leaves.put(sigma_updates, state.sigma_update),
             scale=leaves.put(scales, state.scale),
-            weight_decay=decay_state,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -238,10 +246,13 @@ def _scale(
 
 def _rescale(u: jax.Array, scale: jax.Array, spec: MatrixSpec) -> jax.Array:
     dtype = _block_iteration.compute_dtype(u)
-    scale = jnp.expand_dims(scale, spec.matrix_axes).astype(dtype)
-    return (scale * u.astype(dtype)).astype(u.dtype)
+    return jnp.expand_dims(scale, spec.matrix_axes).astype(dtype) * u.astype(dtype)
 
 
 def _is_placeholder(params: Any) -> bool:
-    """Whether it is what `optax.tree.map_params` gives to `init`, to find params in a state."""
+    """Whether it is what `optax.tree.map_params` gives to `init`, to find params in a state.
+
+    It is a tree without leaves: a field that is made from it by `jax.tree.map` would be taken for
+    one with the shapes of the params.
+    """
     return type(params).__name__ == "_ParamsPlaceholder"

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
@@ -134,6 +135,11 @@ class BoundedLeaves:
         }
         for i, spec in self._specs.items():
             path, leaf = leaves[i]
+            if not isinstance(spec, MatrixSpec):
+                raise ValueError(
+                    f"updates and params differ in structure: {path_name(path)!r} is a leaf of "
+                    "updates and none of params."
+                )
             if shape_of(leaf) != spec.shape:
                 raise ValueError(
                     f"The leaf {path_name(path)!r} has shape {shape_of(leaf)} in updates, "
@@ -179,8 +185,10 @@ def unbox(x: Any) -> Any:
     """What is in a box; and what is in none, itself."""
     if not is_boxed(x):
         return x
-    (content,) = jax.tree.leaves(x, is_leaf=_is_entry)
-    return content
+    contents = jax.tree.leaves(x, is_leaf=_is_entry)
+    if len(contents) != 1:
+        raise ValueError(f"A box must hold one array, and {x!r} holds {len(contents)}.")
+    return contents[0]
 
 
 def replace_boxed(x: Any, content: Any) -> Any:
@@ -263,7 +271,7 @@ def _specified_numbers(
         used.update(around)
         numbers.append(entries[around[-1]] if around else None)
 
-    # Where params is masked, the specification may say anything.
+    # An entry where params is masked is ignored.
     masked = [
         names(path)
         for path, leaf in jax.tree.leaves_with_path(params, is_leaf=_is_hole)
@@ -290,7 +298,7 @@ def _matrix_spec(
         )
 
     def normalize(axes: int | Sequence[int]) -> tuple[int, ...]:
-        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        axes = (axes,) if isinstance(axes, (int, np.integer)) else tuple(axes)
         for axis in axes:
             if not -len(shape) <= axis < len(shape):
                 raise ValueError(

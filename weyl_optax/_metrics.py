@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from weyl_optax import _sharding
 from weyl_optax._bound import WeylBoundState
 from weyl_optax._dimension_numbers import leaves_with_path, path_name
 
@@ -90,7 +91,7 @@ def _measured(state: WeylBoundState | Mapping[str, Any]) -> dict[str, jax.Array]
     fields = state._asdict() if isinstance(state, WeylBoundState) else state
     columns = [leaves_with_path(fields[name])[0] for name in MEASURED]
     return {
-        path_name((*path, name)): jnp.array(value)
+        path_name((*path, name)): _sharding.replicate(jnp.array(value))
         for row in zip(*columns, strict=True)
         for name, (path, value) in zip(MEASURED, row, strict=True)
         if value is not None
@@ -106,11 +107,10 @@ def _fraction(measured: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 def _summary(name: str, value: jax.Array) -> list[tuple[str, jax.Array]]:
     """A metric as scalars."""
-    path, _, quantity = name.rpartition("/")
     rows = [(name, value)]
     if value.ndim > 0:
         statistics = {"min": jnp.min, "median": jnp.median, "max": jnp.max}
         rows = [(f"{name}/{key}", statistic(value)) for key, statistic in statistics.items()]
-    if quantity == "scale":
-        rows.append((path_name((*path.split("/"), "bounded_fraction")), jnp.mean(value < 1)))
+    if name.rpartition("/")[2] == "scale":
+        rows.append((name.removesuffix("scale") + "bounded_fraction", jnp.mean(value < 1)))
     return rows

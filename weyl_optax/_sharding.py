@@ -17,7 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 
 def of_axes(a: Any, axes: Sequence[int | None]) -> NamedSharding | None:
-    """How an array lies that has these axes of `a`; None is an axis that `a` has not."""
+    """The sharding of an array whose axes are these axes of `a`; None is an unsharded axis.
+
+    None in a mesh without explicit axes.
+    """
     if not isinstance(a, jax.Array):
         return None  # a shape alone, or an array of NumPy
     sharding = jax.typeof(a).sharding

@@ -51,6 +51,6 @@ def spectral_norm(
     check_at_least("num_iters", num_iters, 1)
     leaves = BoundedLeaves(tree, weight_dimension_numbers)
     matrices = [jnp.asarray(x) for x in leaves.of(tree)]
-    blocks = _block_iteration.new_blocks(matrices, leaves.specs, seed=0)
+    blocks = _block_iteration.new_blocks(matrices, leaves.specs, _block_iteration.WEIGHT_SEED)
     norms, _ = _block_iteration.spectral_norms(leaves.specs, matrices, blocks, num_iters)
     return leaves.put(norms)

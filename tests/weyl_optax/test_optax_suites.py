@@ -2,13 +2,17 @@
 
 import inspect
 import itertools
+import warnings
 
 import optax
 import pytest
-from optax._src import sharding_test
-from optax.contrib import _common_test
 
 import weyl_optax
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the optimizers that these files make when they are read
+    from optax._src import sharding_test
+    from optax.contrib import _common_test
 
 
 def bounded_sgd(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -62,9 +66,11 @@ def cases():
 
 
 @pytest.mark.parametrize("optimizer", FACTORIES)
-@pytest.mark.parametrize(("name", "arguments"), cases())
+@pytest.mark.parametrize(("name", "arguments"), [*cases()])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_common(monkeypatch, optimizer, name, arguments):
+def test_common(request, monkeypatch, optimizer, name, arguments):
+    if arguments.get("dtype") == "float64":
+        request.getfixturevalue("x64")
     factory, settings = FACTORIES[optimizer]
     monkeypatch.setattr(optax.contrib, optimizer, factory, raising=False)
     if arguments.get("target") is _common_test._setup_rosenbrock and optimizer == "bounded_sgd":
