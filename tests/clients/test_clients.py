@@ -413,33 +413,3 @@ def test_haiku():
     numbers = dimension_numbers_from(loss, params, TOKENS)
     assert axes(numbers) == expected
     assert_trains(loss, params, TOKENS, numbers=numbers, expected=expected)
-
-
-def test_haliax_named_arrays():
-    hax = pytest.importorskip("haliax", exc_type=ImportError)
-    batch, layers = hax.Axis("batch", 4), hax.Axis("layers", LAYERS)
-    embed, heads, hidden = hax.Axis("embed", D), hax.Axis("heads", HEADS), hax.Axis("hidden", D)
-    keys = jax.random.split(jax.random.key(0), 2)
-    params = {
-        "up": 0.3 * hax.random.normal(keys[0], (layers, embed, heads, hidden)),
-        "down": 0.3 * hax.random.normal(keys[1], (layers, heads, hidden, embed)),
-        "bias": hax.zeros((layers, heads, hidden)),
-    }
-
-    def loss(params, x):
-        def layer(x, layer):
-            y = hax.dot(x, layer["up"], axis=embed) + layer["bias"]
-            return x + hax.dot(hax.tanh(y), layer["down"], axis=(heads, hidden))
-
-        x = hax.fold(layer, layers)(hax.named(x, (batch, embed)), params)
-        return hax.mean(x * x).scalar()
-
-    x = jax.random.normal(jax.random.key(1), (4, D))
-    expected = {
-        "up/array": ((1,), (2, 3)),
-        "down/array": ((1, 2), (3,)),
-        "bias/array": ((), (1, 2)),
-    }
-    numbers = dimension_numbers_from(loss, params, x)
-    assert axes(numbers) == expected
-    assert_trains(loss, params, x, numbers=numbers, expected=expected)

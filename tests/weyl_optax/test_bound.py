@@ -218,7 +218,7 @@ BAD = {
     "tau": (-1.0, "tau must be at least 0, got -1.0"),
     "learning_rate": (-1e-3, "learning_rate must be at least 0"),
     "weight_decay": (-0.1, "weight_decay must be at least 0"),
-    "min_std": (float("nan"), "min_std must be at least 0, got nan"),
+    "min_std": (np.float32("nan"), "min_std must be at least 0, got nan"),
     "num_iters": (0, "num_iters must be at least 1, got 0"),
 }
 
@@ -242,6 +242,9 @@ def test_updates_of_another_structure_are_named():
     solver = scale_by_weyl_bound()
     with pytest.raises(ValueError, match="updates and params differ in structure"):
         solver.update({"v": jnp.eye(3)}, solver.init(params), params)
+    nested = {"w": {"kernel": jnp.eye(3)}}
+    with pytest.raises(ValueError, match="'w' is a leaf of updates and none of params"):
+        solver.update(params, solver.init(nested), nested)
 
 
 def test_updates_of_another_shape_are_named():

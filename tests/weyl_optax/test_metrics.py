@@ -6,6 +6,8 @@ import pytest
 
 from weyl_optax import adamw2, bound_metrics, scale_by_weyl_bound
 
+STATISTICS = ("min", "median", "max")
+
 
 def test_measures_what_the_update_did():
     params = {"layers": {"w": jnp.stack([2 * jnp.eye(4), 3 * jnp.eye(4)])}, "b": jnp.ones(4)}
@@ -27,6 +29,14 @@ def test_a_single_array_has_names_without_a_path():
         "sigma_update",
         "scale",
         "bounded_fraction",
+    }
+
+
+def test_scalars_of_a_single_array():
+    state = adamw2(0.1).init(jnp.ones((2, 3, 3)))
+    names = {f"{q}/{s}" for q in ("sigma_weight", "sigma_update", "scale") for s in STATISTICS}
+    assert set(bound_metrics(state, scalars=True, prefix="opt/")) == {
+        f"opt/{name}" for name in names | {"bounded_fraction"}
     }
 
 
