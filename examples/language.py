@@ -62,6 +62,7 @@ _GPT2 = Config(
     sequence_length=1024,
     learning_rate=6e-4,
     tau=0.01,
+    growth="exponential",
     warmup=2000,
     log_every=10,
     validate_every=1000,

@@ -1,32 +1,72 @@
 """The optimizers that the examples compare, by name."""
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax import adamw2
+from weyl_optax import adamw2, by_unit, scale_by_weyl_bound
 
-Name = Literal["adamw", "adamw_warmup", "adamw2", "radam", "lion", "lamb", "adaptive_grad_clip"]
+Growth = Literal["linear", "exponential"]
+Name = Literal[
+    "adamw",
+    "adamw_warmup",
+    "adamw2",
+    "radam",
+    "lion",
+    "lamb",
+    "unit_clip",
+    "schedule_free",
+    "muon",
+    "muon_warmup",
+    "muon_bound",
+]
 
-LABELS: dict[str, str] = {
-    "adamw": "AdamW, no warmup",
-    "adamw_warmup": "AdamW, warmup",
-    "adamw2": "AdamW², no warmup",
-    "radam": "RAdam, no warmup",
-    "lion": "Lion, no warmup",
-    "lamb": "LAMB, no warmup",
-    "adaptive_grad_clip": "AdamW + adaptive_grad_clip, no warmup",
-}
-assert set(LABELS) == set(get_args(Name))
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an optimizer is made of, whichever it is."""
+
+    learning_rate: float = 1e-2
+    """Peak; it decays by a cosine to zero."""
+    tau: float = 0.1
+    """Largest growth of a spectral norm in an update, relative (AdamW²)."""
+    growth: Growth = "linear"
+    """Relative to the norm at the start, so that it grows linearly; or, as in the paper, to the
+    norm before the update, exponential."""
+    warmup: int = 50
+    """Updates of linear warmup, for the runs that have it."""
+    weight_decay: float = 0.1
+    """Of kernels and embeddings; the others do not decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's moments."""
+    adam_share: float = 0.1
+    """Muon's learning rate times this is that of Adam, for embeddings and vectors."""
+    clip: float = 1.0
+    """Global gradient norm, 0 for no clipping."""
 
 
-def make_schedule(name: str, learning_rate: float, steps: int, warmup: int) -> optax.Schedule:
-    """Cosine decay to zero, from the first step but for `adamw_warmup`."""
-    if name == "adamw_warmup":
-        return optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
-    return optax.cosine_decay_schedule(learning_rate, steps)
+class Optimizer(NamedTuple):
+    """An optimizer of the comparison."""
+
+    label: str
+    make: Callable[[optax.Schedule, Settings, Any], optax.GradientTransformation]
+    schedule: Callable[[Settings, int], optax.Schedule]
+    tuned: Mapping[str, tuple[Any, ...]]  # beside the peak rate, by a field of the settings
+
+
+def make(
+    name: str, settings: Settings, steps: int, weight_dimension_numbers: Any
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """An optimizer after clipping by the global norm, and its learning rate."""
+    schedule = OPTIMIZERS[name].schedule(settings, steps)
+    optimizer = OPTIMIZERS[name].make(schedule, settings, weight_dimension_numbers)
+    if settings.clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip), optimizer)
+    return optimizer, schedule
 
 
 def is_decayed(params: optax.Params) -> optax.Params:
@@ -38,35 +78,138 @@ def is_decayed(params: optax.Params) -> optax.Params:
     return jax.tree.map_with_path(lambda path, _: name(path) in ("kernel", "embedding"), params)
 
 
-def make_optimizer(
-    name: str,
-    schedule: optax.Schedule,
-    *,
-    betas: tuple[float, float],
-    weight_decay: float,
-    tau: float,
-    clip: float,
-    weight_dimension_numbers: Any,
-) -> optax.GradientTransformation:
-    """An optimizer after clipping by the global norm, `clip=0` for none."""
-    b1, b2 = betas
-    adam: dict[str, Any] = {"b1": b1, "b2": b2, "weight_decay": weight_decay, "mask": is_decayed}
-    makers: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "adamw": lambda: optax.adamw(schedule, **adam),
-        "adamw_warmup": lambda: optax.adamw(schedule, **adam),
-        "adamw2": lambda: adamw2(
-            schedule, **adam, tau=tau, weight_dimension_numbers=weight_dimension_numbers
-        ),
-        "radam": lambda: optax.chain(
-            optax.scale_by_radam(b1, b2),
-            optax.add_decayed_weights(weight_decay, is_decayed),
-            optax.scale_by_learning_rate(schedule),
-        ),
-        "lion": lambda: optax.lion(schedule, weight_decay=weight_decay, mask=is_decayed),
-        "lamb": lambda: optax.lamb(schedule, b1, b2, weight_decay=weight_decay, mask=is_decayed),
-        "adaptive_grad_clip": lambda: optax.chain(
-            optax.adamw(schedule, **adam), optax.adaptive_grad_clip(tau)
-        ),
+def evaluation_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
+    """The params of which the loss counts: those of schedule-free training are an average."""
+    states = jax.tree.leaves(opt_state, is_leaf=_is_schedule_free)
+    for state in filter(_is_schedule_free, states):
+        return optax.contrib.schedule_free_eval_params(state, params)
+    return params
+
+
+def _is_schedule_free(x: Any) -> bool:
+    return isinstance(x, optax.contrib.ScheduleFreeState)
+
+
+def _cosine(s: Settings, steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(s.learning_rate, steps)
+
+
+def _warmup_cosine(s: Settings, steps: int) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.warmup, steps)
+
+
+def _constant(s: Settings, steps: int) -> optax.Schedule:
+    del steps
+    return optax.constant_schedule(s.learning_rate)
+
+
+def _adam(s: Settings) -> dict[str, Any]:
+    return {
+        "b1": s.betas[0],
+        "b2": s.betas[1],
+        "weight_decay": s.weight_decay,
+        "mask": is_decayed,
     }
-    optimizer = makers[name]()
-    return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
+
+
+def _adamw(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    del numbers
+    return optax.adamw(rate, **_adam(s))
+
+
+def _adamw2(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return adamw2(rate, **_adam(s), tau=s.tau, growth=s.growth, weight_dimension_numbers=numbers)
+
+
+def _radam(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    del numbers
+    return optax.chain(
+        optax.scale_by_radam(*s.betas),
+        optax.add_decayed_weights(s.weight_decay, is_decayed),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _lion(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    del numbers
+    return optax.lion(rate, b1=s.betas[0], weight_decay=s.weight_decay, mask=is_decayed)
+
+
+def _lamb(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    del numbers
+    return optax.lamb(rate, *s.betas, weight_decay=s.weight_decay, mask=is_decayed)
+
+
+def _unit_clip(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    bound = scale_by_weyl_bound(
+        s.tau, growth="exponential", weight_dimension_numbers=by_unit(numbers)
+    )
+    return optax.chain(optax.adamw(rate, **_adam(s)), bound)
+
+
+def _schedule_free(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    del numbers
+    adam = optax.chain(
+        optax.scale_by_rms(s.betas[1], bias_correction=True, eps_in_sqrt=False),
+        optax.add_decayed_weights(s.weight_decay, is_decayed),
+        optax.scale_by_learning_rate(rate),
+    )
+    return optax.contrib.schedule_free(adam, learning_rate=s.learning_rate, b1=s.betas[0])
+
+
+def _muon(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        rate,
+        weight_decay=s.weight_decay,
+        weight_decay_mask=is_decayed,
+        adam_b1=s.betas[0],
+        adam_b2=s.betas[1],
+        adam_weight_decay=s.weight_decay,
+        adam_learning_rate=lambda count: s.adam_share * rate(count),
+        muon_weight_dimension_numbers=_hidden_kernels(numbers),
+    )
+
+
+def _muon_bound(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    bound = scale_by_weyl_bound(
+        s.tau, growth=s.growth, weight_dimension_numbers=_hidden_kernels(numbers)
+    )
+    return optax.chain(_muon(rate, s, numbers), bound)
+
+
+def _hidden_kernels(numbers: Any) -> Any:
+    """The kernels, as Muon takes them, in a tree of dimension numbers; None for other leaves.
+
+    Neither embeddings nor the classifier are hidden.
+    """
+
+    def entry(path: tuple[Any, ...], leaf: MuonDimensionNumbers) -> MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return leaf if "blocks/" in name and name.endswith("kernel") else None
+
+    return jax.tree.map_with_path(
+        entry, numbers, is_leaf=lambda x: isinstance(x, MuonDimensionNumbers)
+    )
+
+
+_CLIP = {"tau": (0.01, 0.03, 0.1)}
+_SHARE = {"adam_share": (0.1, 0.3, 1.0)}
+_MOMENTUM = {"betas": ((0.8, 0.95), (0.9, 0.95), (0.95, 0.95))}
+_WARMUP = {"warmup": (1 / 30, 1 / 10, 1 / 5)}  # as a share of the steps
+
+_TAU = {"tau": (0.03, 0.1, 0.3)}
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer("AdamW, no warmup", _adamw, _cosine, {}),
+    "adamw_warmup": Optimizer("AdamW, warmup", _adamw, _warmup_cosine, _WARMUP),
+    "adamw2": Optimizer("AdamW², no warmup", _adamw2, _cosine, _TAU),
+    "radam": Optimizer("RAdam, no warmup", _radam, _cosine, _MOMENTUM),
+    "lion": Optimizer("Lion, no warmup", _lion, _cosine, _MOMENTUM),
+    "lamb": Optimizer("LAMB, no warmup", _lamb, _cosine, _MOMENTUM),
+    "unit_clip": Optimizer("AdamW, units clipped, no warmup", _unit_clip, _cosine, _CLIP),
+    "schedule_free": Optimizer("AdamW, schedule-free", _schedule_free, _constant, _MOMENTUM),
+    "muon": Optimizer("Muon, no warmup", _muon, _cosine, _SHARE),
+    "muon_warmup": Optimizer("Muon, warmup", _muon, _warmup_cosine, _SHARE | _WARMUP),
+    "muon_bound": Optimizer("Muon with the bound, no warmup", _muon_bound, _cosine, _SHARE | _TAU),
+}
+assert set(OPTIMIZERS) == set(get_args(Name))
+LABELS = {name: optimizer.label for name, optimizer in OPTIMIZERS.items()}

@@ -22,7 +22,11 @@ COLORS = {
     "radam": "#CC79A7",
     "lion": "#E69F00",
     "lamb": "#009E73",
-    "adaptive_grad_clip": "#56B4E9",
+    "unit_clip": "#56B4E9",
+    "schedule_free": "#F0E442",
+    "muon": "#000000",
+    "muon_warmup": "#8B4513",
+    "muon_bound": "#332288",
 }
 KINDS = {
     "attention/query": "$W_q$",

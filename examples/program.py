@@ -20,7 +20,7 @@ from weyl_optax.flax import dimension_numbers
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(optimizers.Settings):
     """How a model is trained, whatever it is."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -31,18 +31,6 @@ class Config:
     """Examples in an update."""
     accumulate: int = 1
     """Parts in which an update goes through its batch, to need less memory."""
-    learning_rate: float = 1e-2
-    """Peak; it decays by a cosine to zero."""
-    tau: float = 0.03
-    """Largest relative growth of a spectral norm in an update (AdamW²)."""
-    warmup: int = 50
-    """Updates of linear warmup, for the run that has it."""
-    weight_decay: float = 0.1
-    """Of kernels and embeddings; the others do not decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of Adam's moments."""
-    clip: float = 1.0
-    """Global gradient norm, 0 for no clipping."""
     seed: int = 0
     """Of the weights, the batches and the dropout."""
     log_every: int = 5
@@ -60,7 +48,8 @@ class Config:
                 f"--accumulate {self.accumulate} does not divide --batch {self.batch}."
             )
         self.check_at_least(1, "steps", "log_every", "validate_every", "save_every")
-        self.check_at_least(0, "learning_rate", "tau", "warmup", "weight_decay", "clip", "watch")
+        self.check_at_least(0, "learning_rate", "tau", "warmup", "weight_decay", "adam_share")
+        self.check_at_least(0, "clip", "watch")
         self.check_fraction("betas")
 
     def check_at_least(self, least: int, *names: str) -> None:
@@ -115,7 +104,8 @@ def run(
     try:
         main(flags, data)
     except training.Stopped as stopped:
-        print(f"\n{stopped}. Go on with the same command and --resume.")
+        resume = " and --resume" if hasattr(flags, "resume") else ""
+        print(f"\n{stopped}. Go on with the same command{resume}.")
         sys.exit(130)
 
 
@@ -149,16 +139,7 @@ def begin(flags: Any) -> None:
 
 def train(name: str, config: Config, steps: int, task: training.Task, folder: Path) -> nnx.Module:
     """Trains the model of a task with the optimizer of that name; see `training.train`."""
-    learning_rate = optimizers.make_schedule(name, config.learning_rate, steps, config.warmup)
-    optimizer = optimizers.make_optimizer(
-        name,
-        learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        tau=config.tau,
-        clip=config.clip,
-        weight_dimension_numbers=dimension_numbers(task.model),
-    )
+    optimizer, learning_rate = optimizers.make(name, config, steps, dimension_numbers(task.model))
     plan = training.Plan(
         steps=steps,
         accumulate=config.accumulate,

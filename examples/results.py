@@ -22,7 +22,7 @@ def summarize(folder: Path, name: str) -> dict[str, Any]:
     last = lines[-1]
     losses = [line["loss"] for line in lines[-max(1, len(lines) // 10) :]]
     rates = [line["steps_per_second"] for line in lines if "steps_per_second" in line]
-    sigmas = [sigma for line in lines for sigma in line["qk_sigma"] if sigma is not None]
+    sigmas = [sigma for line in lines for sigma in line.get("qk_sigma", []) if sigma is not None]
     return {
         "val_loss": None,
         **{key: value for key, value in last.items() if key.startswith("val_")},

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import tyro
 
-from examples import nano, plots, program, results, training
+from examples import nano, optimizers, plots, program, results, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Flags:
     """What to train."""
     taus: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
     """Largest relative growth of a spectral norm in an update."""
+    growth: optimizers.Growth = "linear"
+    """Linear over the updates, or exponential, as in the paper."""
     steps: int = 200
     """Updates."""
     seed: int = 0
@@ -36,7 +38,9 @@ def prepare(flags: Flags) -> dict[str, nano.Nano]:
     tasks = {}
     for name in flags.models:
         model = nano.load(name)
-        config = dataclasses.replace(model.config, steps=flags.steps, seed=flags.seed)
+        config = dataclasses.replace(
+            model.config, steps=flags.steps, seed=flags.seed, growth=flags.growth
+        )
         for tau in flags.taus:
             dataclasses.replace(config, tau=tau)  # which checks it
         tasks[name] = model._replace(config=config)

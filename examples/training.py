@@ -21,6 +21,7 @@ from flax import nnx
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from examples import optimizers
 from weyl_optax.dynamics import watch
 
 
@@ -178,7 +179,8 @@ def _make_validate(graph: nnx.GraphDef, task: Task) -> Callable[[dict[str, Any]]
 
     @jax.jit
     def evaluate(state: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
-        model = nnx.merge(graph, state["params"], state["rest"])
+        params = optimizers.evaluation_params(state["params"], state["opt_state"])
+        model = nnx.merge(graph, params, state["rest"])
         model.eval()
         return task.evaluate(model, batch)
 

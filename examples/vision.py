@@ -82,7 +82,6 @@ _NANO = Config(
     steps=200,
     batch=64,
     learning_rate=2e-2,
-    tau=0.015,
     warmup=60,
     validate_every=25,
 )
@@ -93,6 +92,7 @@ _IMAGENET = Config(
     batch=1024,
     learning_rate=1e-3,
     tau=0.004,
+    growth="exponential",
     warmup=10_000,
     weight_decay=0.05,
     betas=(0.9, 0.99),

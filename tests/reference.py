@@ -1,4 +1,4 @@
-"""Algorithm 1 of arXiv 2505.21910 in NumPy float64, with an exact SVD.
+"""Algorithm 1 of arXiv 2505.21910 in NumPy float64, with an exact SVD; and with linear growth.
 
 It knows nothing of the library: matrices are moved to the last two axes by hand.
 """
@@ -24,10 +24,12 @@ def sigma(x, reduction, output):
 
 
 class AdamW2:
-    def __init__(self, weights, axes, *, schedule, tau, b1, b2, eps, decay, decayed):
+    def __init__(self, weights, axes, *, growth, schedule, tau, b1, b2, eps, decay, decayed):
         self.weights = {name: np.asarray(w, np.float64) for name, w in weights.items()}
         self.m = {name: np.zeros_like(w) for name, w in self.weights.items()}
         self.v = {name: np.zeros_like(w) for name, w in self.weights.items()}
+        self.growth = growth
+        self.initial = {name: sigma(w, *axes[name]) for name, w in self.weights.items()}
         self.axes, self.schedule, self.tau, self.t = axes, schedule, tau, 0
         self.b1, self.b2, self.eps, self.decay, self.decayed = b1, b2, eps, decay, decayed
 
@@ -41,7 +43,9 @@ class AdamW2:
             m_hat = self.m[name] / (1 - self.b1**self.t)
             v_hat = self.v[name] / (1 - self.b2**self.t)
             u = m_hat / np.sqrt(v_hat + self.eps)
-            bound = self.tau * sigma(w, *self.axes[name]) / sigma(u, *self.axes[name])
-            alpha = np.minimum(rate, bound)
+            norm = sigma(w, *self.axes[name])
+            if self.growth == "linear":
+                norm = np.minimum(norm, self.initial[name])
+            alpha = np.minimum(rate, self.tau * norm / sigma(u, *self.axes[name]))
             decay = self.decay if name in self.decayed else 0.0
             self.weights[name] = w - alpha * u - alpha * decay * w

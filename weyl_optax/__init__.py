@@ -6,6 +6,7 @@ a factor `1 + tau` per step, by Weyl's inequality.
 
 from weyl_optax._adamw2 import adamw2
 from weyl_optax._bound import WeylBoundState, scale_by_weyl_bound
+from weyl_optax._granularity import by_head, by_unit
 from weyl_optax._metrics import bound_metrics
 from weyl_optax._spectral_norm import spectral_norm
 from weyl_optax._tabulate import tabulate
@@ -15,6 +16,8 @@ __all__ = [
     "WeylBoundState",
     "adamw2",
     "bound_metrics",
+    "by_head",
+    "by_unit",
     "dimension_numbers_from",
     "scale_by_weyl_bound",
     "spectral_norm",

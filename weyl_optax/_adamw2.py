@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from weyl_optax._bound import scale_by_weyl_bound
+from weyl_optax._bound import Growth, scale_by_weyl_bound
 from weyl_optax._dimension_numbers import WeightDimNumOrFn
 
 
@@ -20,7 +20,8 @@ def adamw2(
     mask: Any | None = None,
     *,
     nesterov: bool = False,
-    tau: optax.ScalarOrSchedule = 0.004,
+    tau: optax.ScalarOrSchedule = 0.1,
+    growth: Growth = "linear",
     min_std: jax.typing.ArrayLike = 1e-3,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
@@ -36,12 +37,13 @@ def adamw2(
 
         \begin{align*}
           \alpha_t &= \min\left(\eta_t,\;
-              \tau\, \sigma_1(W_{t-1}) / \sigma_1(U_t)\right), \\
+              \tau\, \min(\sigma_1(W_0), \sigma_1(W_{t-1})) / \sigma_1(U_t)\right), \\
           W_t &= W_{t-1} - \alpha_t U_t - \alpha_t \lambda W_{t-1}.
         \end{align*}
 
-    Algorithm 1 of the paper puts its one :math:`\varepsilon` under the root: that is
-    ``eps=0`` with ``eps_root`` set.
+    Algorithm 1 of the paper has :math:`\sigma_1(W_{t-1})` where that minimum is, and its one
+    :math:`\varepsilon` under the root: that is ``growth="exponential"``, ``eps=0`` with
+    ``eps_root`` set, and ``min_std=0``, with a ``tau`` of 0.003 to 0.01.
 
     Args:
         learning_rate: The largest step, see :func:`optax.adamw`. A schedule needs no
@@ -55,8 +57,10 @@ def adamw2(
             the bounded rate :math:`\alpha_t`.
         mask: The leaves to decay, see :func:`optax.adamw`.
         nesterov: Whether to use Nesterov momentum.
-        tau: Largest relative growth of a spectral norm in a step, or a schedule; see
-            :func:`scale_by_weyl_bound`, also for the arguments that follow.
+        tau: Largest growth of a spectral norm in a step, relative to the norm that the matrix
+            began with, or a schedule; see :func:`scale_by_weyl_bound`, also for the arguments
+            that follow.
+        growth: Whether norms may grow linearly or exponentially over the steps.
         min_std: Deviation of the Gaussian matrix whose norm is the least that counts.
         weight_dimension_numbers: How each leaf is read as matrices.
         num_iters: Iterations of the estimator at each update.
@@ -80,10 +84,10 @@ def adamw2(
         ...     params = {"w": params["w"] + updates["w"]}
         ...     print(f"{f(params):.2f} {jnp.linalg.norm(params['w'], 2):.4f}")
         11.60 1.0500
-        11.27 1.1025
-        10.74 1.1576
-        10.27 1.2155
-        9.85 1.2763
+        11.29 1.1000
+        10.80 1.1500
+        10.39 1.2000
+        10.04 1.2500
 
     References:
         Qi et al, `Taming Transformer Without Using Learning Rate Warmup
@@ -96,6 +100,7 @@ def adamw2(
         scale_by_weyl_bound(
             tau,
             learning_rate,
+            growth=growth,
             weight_decay=weight_decay,
             weight_decay_mask=mask,
             min_std=min_std,

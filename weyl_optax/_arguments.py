@@ -1,5 +1,6 @@
 """Arguments that are a number, an array that may be traced, or a schedule."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,12 @@ def check_at_least(name: str, value: Any, least: float) -> None:
     """Checks a Python number. A schedule or an array is known only when it runs."""
     if isinstance(value, (int, float, np.generic)) and not float(value) >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_in(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Checks that it is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def value_at(argument: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:

@@ -1,16 +1,18 @@
 """The bound on the growth of spectral norms, as an Optax transform."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from weyl_optax import _block_iteration
-from weyl_optax._arguments import check_at_least, value_at
+from weyl_optax._arguments import check_at_least, check_in, value_at
 from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
 from weyl_optax._tabulate import warn_of_reading_by_rank
+
+Growth = Literal["linear", "exponential"]
 
 
 class WeylBoundState(NamedTuple):
@@ -26,15 +28,17 @@ class WeylBoundState(NamedTuple):
     # A block is 8 vectors along the shorter side, if that is above 16; float32 at least.
     weight_block: Any  # shape=(*batch, 8, *output) or (*batch, *reduction, 8)
     update_block: Any  # The same.
+    sigma_initial: Any  # shape=batch. Norm of the weight before the first update; 0 before that.
     sigma_weight: Any  # shape=batch. Norm of the weight, last update.
     sigma_update: Any  # shape=batch. Norm of the update, last update.
     scale: Any  # shape=batch. Factor applied to the last update.
 
 
 def scale_by_weyl_bound(
-    tau: optax.ScalarOrSchedule = 0.004,
+    tau: optax.ScalarOrSchedule = 0.1,
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
+    growth: Growth = "linear",
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | None = None,
     min_std: jax.typing.ArrayLike = 1e-3,
@@ -63,14 +67,26 @@ def scale_by_weyl_bound(
     after a whole optimizer, whose update has the learning rate in it already, or
     before :func:`optax.scale_by_learning_rate` and is told the same rate.
 
+    That is the rule of the paper, by which a norm may grow exponentially, to
+    :math:`(1 + \tau)^T` times what it was after :math:`T` steps: too little or far too much,
+    as :math:`\tau` and :math:`T` happen to be. By default the growth is at most linear, to
+    :math:`1 + \tau T` times: no step is larger than :math:`\tau` times the norm
+    that the matrix began with,
+
+    .. math::
+
+        \alpha_t = \min\left(\eta_t,\;
+            \tau \frac{\min(\sigma_1(W_0), \sigma_1(W_{t-1}))}{\sigma_1(U_t)}\right).
+
     Args:
-        tau: Largest growth of a spectral norm in a step, relative; a schedule of it
-            is allowed. The paper takes 0.003 to 0.004 for ViT, 0.004 for Swin, and
-            0.01 for GPT. A norm grows by at most :math:`(1 + \tau)^T` in :math:`T`
-            steps, so a short run needs a larger one.
+        tau: Largest growth of a spectral norm in a step, relative to the norm that the matrix
+            began with; a schedule of it is allowed. With ``growth="exponential"``, relative to
+            the norm before the step: the paper takes 0.003 to 0.004 for ViT, 0.004 for Swin,
+            and 0.01 for GPT, over 100,000 steps and more; a shorter run needs a larger one.
         learning_rate: The rate, or the schedule, of the
             :func:`optax.scale_by_learning_rate` that follows. With the default of
             1.0, the update is bounded as it is given.
+        growth: ``"linear"`` or ``"exponential"``: what a norm may do over the steps.
         weight_decay: Strength of the decoupled weight decay :math:`\lambda`, or a
             schedule. It is added after :math:`\sigma_1(U_t)` is measured, and scaled
             by the same factor:
@@ -137,6 +153,7 @@ def scale_by_weyl_bound(
     check_at_least("weight_decay", weight_decay, 0)
     check_at_least("min_std", min_std, 0)
     check_at_least("num_iters", num_iters, 1)
+    check_in("growth", growth, get_args(Growth))
 
     def init_fn(params: optax.Params) -> WeylBoundState:
         if _is_placeholder(params):
@@ -163,6 +180,7 @@ def scale_by_weyl_bound(
             count=jnp.zeros([], jnp.int32),
             weight_block=leaves.put(weight_blocks),
             update_block=leaves.put(update_blocks),
+            sigma_initial=leaves.put([jnp.zeros_like(sigma) for sigma in sigma_weights]),
             sigma_weight=leaves.put(sigma_weights),
             sigma_update=leaves.put(sigma_updates),
             scale=leaves.put([jnp.ones_like(sigma) for sigma in sigma_weights]),
@@ -196,11 +214,19 @@ def scale_by_weyl_bound(
             num_iters,
         )
         sigma_weights, sigma_updates = norms[: len(steps)], norms[len(steps) :]
+        # The params of the first update count: they may have been loaded after init.
+        sigma_initials = [
+            jnp.where((before > 0) & jnp.isfinite(before), before, now)
+            for before, now in zip(leaves.of(state.sigma_initial), sigma_weights, strict=True)
+        ]
+        references = sigma_weights
+        if growth == "linear":
+            references = list(map(jnp.minimum, sigma_initials, sigma_weights))
         max_growth, rate = value_at(tau, state.count), value_at(learning_rate, state.count)
         scales = [
-            _scale(spec, sigma_weight, sigma_update, max_growth, rate, min_std)
-            for spec, sigma_weight, sigma_update in zip(
-                leaves.specs, sigma_weights, sigma_updates, strict=True
+            _scale(spec, reference, sigma_update, max_growth, rate, min_std)
+            for spec, reference, sigma_update in zip(
+                leaves.specs, references, sigma_updates, strict=True
             )
         ]
         dtypes = [jnp.asarray(u).dtype for u in leaves.of(updates)]
@@ -218,6 +244,7 @@ def scale_by_weyl_bound(
             count=jnp.asarray(optax.safe_increment(state.count)),
             weight_block=leaves.put(blocks[: len(steps)], state.weight_block),
             update_block=leaves.put(blocks[len(steps) :], state.update_block),
+            sigma_initial=leaves.put(sigma_initials, state.sigma_initial),
             sigma_weight=leaves.put(sigma_weights, state.sigma_weight),
             sigma_update=leaves.put(sigma_updates, state.sigma_update),
             scale=leaves.put(scales, state.scale),
@@ -228,16 +255,16 @@ def scale_by_weyl_bound(
 
 def _scale(
     spec: MatrixSpec,
-    sigma_weight: jax.Array,
+    reference: jax.Array,
     sigma_update: jax.Array,
     tau: jax.typing.ArrayLike,
     rate: jax.typing.ArrayLike,
     min_std: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """min(1, tau sigma_1(W) / (rate sigma_1(U)))."""
-    tau, rate, min_std = (jnp.asarray(x, sigma_weight.dtype) for x in (tau, rate, min_std))
+    """min(1, tau reference / (rate sigma_1(U)))."""
+    tau, rate, min_std = (jnp.asarray(x, reference.dtype) for x in (tau, rate, min_std))
     least = min_std * sum(math.sqrt(size) for size in spec.matrix_shape)
-    allowed = tau * jnp.maximum(sigma_weight, least)
+    allowed = tau * jnp.maximum(reference, least)
     wanted = rate * sigma_update
     # NaN is not <= anything: it passes into the scale, and so into the update.
     is_bounded = ~(wanted <= allowed)

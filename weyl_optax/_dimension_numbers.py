@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-WeightDimNumOrFn: TypeAlias = (
-    MuonDimensionNumbers | optax.Params | Callable[[optax.Params], optax.Params]
-)
+WeightDimNumOrFn: TypeAlias = MuonDimensionNumbers | optax.Params | Callable[[optax.Params], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +74,7 @@ def resolve_dimension_numbers(
     if weight_dimension_numbers is None:
         numbers = [default_numbers(len(shape_of(leaf))) for _, leaf in leaves]
     else:
-        # A tree can be callable too: an Equinox model of numbers.
-        if callable(weight_dimension_numbers) and jax.tree_util.all_leaves(
-            [weight_dimension_numbers]
-        ):
+        if is_function(weight_dimension_numbers):
             weight_dimension_numbers = weight_dimension_numbers(params)
         numbers = _specified_numbers(params, leaves, weight_dimension_numbers)
     return treedef.unflatten(
@@ -87,6 +82,15 @@ def resolve_dimension_numbers(
         if entry is not None and _has_floats(leaf)
         else None
         for (path, leaf), entry in zip(leaves, numbers, strict=True)
+    )
+
+
+def is_function(
+    weight_dimension_numbers: Any,
+) -> TypeGuard[Callable[[optax.Params], Any]]:
+    """Whether it makes a tree of the params, and is none: an Equinox model can be called too."""
+    return callable(weight_dimension_numbers) and jax.tree_util.all_leaves(
+        [weight_dimension_numbers]
     )
 
 
@@ -185,7 +189,7 @@ def unbox(x: Any) -> Any:
     """What is in a box; and what is in none, itself."""
     if not is_boxed(x):
         return x
-    contents = jax.tree.leaves(x, is_leaf=_is_entry)
+    contents = jax.tree.leaves(x, is_leaf=is_entry)
     if len(contents) != 1:
         raise ValueError(f"A box must hold one array, and {x!r} holds {len(contents)}.")
     return contents[0]
@@ -238,7 +242,7 @@ def _is_hole(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
 
 
-def _is_entry(x: Any) -> bool:
+def is_entry(x: Any) -> bool:
     return _is_hole(x) or isinstance(x, MuonDimensionNumbers)
 
 
@@ -256,7 +260,7 @@ def _specified_numbers(
     entries = {
         names(path): None if _is_hole(unbox(entry)) else unbox(entry)
         for path, entry in jax.tree.leaves_with_path(
-            specification, is_leaf=lambda x: _is_entry(x) or is_boxed(x)
+            specification, is_leaf=lambda x: is_entry(x) or is_boxed(x)
         )
     }
     used, numbers = set(), []

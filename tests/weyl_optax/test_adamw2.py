@@ -34,13 +34,14 @@ AXES = {  # reduction, output
 }
 
 
-def test_follows_algorithm_1_for_100_steps(x64):
+@pytest.mark.parametrize("growth", ["exponential", "linear"])  # the first is Algorithm 1
+def test_follows_the_reference_for_100_steps(growth, x64):
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
     targets = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
     schedule = optax.cosine_decay_schedule(0.1, 120)
     decayed = {"matrix", "stack", "query", "out"}
-    settings = {"tau": 0.02, "b1": 0.9, "b2": 0.99}
+    settings = {"growth": growth, "tau": 0.02, "b1": 0.9, "b2": 0.99}
     expected = reference.AdamW2(
         weights, AXES, schedule=schedule, eps=1e-8, decay=0.1, decayed=decayed, **settings
     )

@@ -7,6 +7,9 @@ from optax.contrib import MuonDimensionNumbers
 import weyl_optax
 from weyl_optax import scale_by_weyl_bound
 
+LINEAR = (3, 4, 5, 6)
+EXPONENTIAL = (3, 4.5, 6.75, 10.125)
+
 
 def exact(x):
     return np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)[..., 0]
@@ -96,6 +99,35 @@ def test_min_std_does_not_bind_for_usual_initializations(std):
     b, _ = without.update(params, without.init(params), params)
     for name in params:
         np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.parametrize(("growth", "norms"), [("linear", LINEAR), ("exponential", EXPONENTIAL)])
+def test_a_norm_grows_by_tau_of_what_it_was_at_first_or_of_what_it_was_before(growth, norms):
+    solver = scale_by_weyl_bound(0.5, growth=growth)
+    params = {"w": 2 * jnp.eye(3)}
+    state = solver.init({"w": jnp.eye(3)})  # the params were loaded after init
+    for norm in norms:
+        updates, state = solver.update({"w": 100 * jnp.eye(3)}, state, params)
+        params = {"w": params["w"] + updates["w"]}
+        np.testing.assert_allclose(exact(params["w"]), norm, rtol=1e-6)
+
+
+@pytest.mark.parametrize("growth", ["linear", "exponential"])
+def test_a_norm_that_has_shrunk_grows_by_at_most_tau_of_what_it_is(growth):
+    solver = scale_by_weyl_bound(0.5, growth=growth)
+    state = solver.init(8 * jnp.eye(3))
+    _, state = solver.update(jnp.eye(3), state, 8 * jnp.eye(3))
+    updates, state = solver.update(100 * jnp.eye(3), state, 2 * jnp.eye(3))
+    np.testing.assert_allclose(exact(updates), 0.5 * 2, rtol=1e-6)
+
+
+def test_linear_growth_begins_with_the_first_norm_that_is_not_zero():
+    solver = scale_by_weyl_bound(0.5, min_std=1e-3)
+    state = solver.init(jnp.zeros((3, 3)))
+    least = 1e-3 * 2 * np.sqrt(3)
+    for w, norm in ((jnp.zeros((3, 3)), least), (4 * jnp.eye(3), 4), (9 * jnp.eye(3), 4)):
+        updates, state = solver.update(100 * jnp.eye(3), state, w)
+        np.testing.assert_allclose(exact(updates), 0.5 * norm, rtol=1e-6)
 
 
 def test_a_zero_update_stays_zero():
@@ -216,6 +248,7 @@ def test_num_iters_raises_the_accuracy_to_the_exact_norm():
 
 BAD = {
     "tau": (-1.0, "tau must be at least 0, got -1.0"),
+    "growth": ("quadratic", "growth must be one of 'linear', 'exponential', got 'quadratic'"),
     "learning_rate": (-1e-3, "learning_rate must be at least 0"),
     "weight_decay": (-0.1, "weight_decay must be at least 0"),
     "min_std": (np.float32("nan"), "min_std must be at least 0, got nan"),

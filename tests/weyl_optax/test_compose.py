@@ -111,7 +111,7 @@ def test_inject_hyperparams_with_all_defaults():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tau", 0.1),
+        ("tau", 0.05),
         ("learning_rate", 0.01),
         ("weight_decay", 0.5),
         ("min_std", 10.0),

@@ -20,7 +20,9 @@ from optax.contrib import MuonDimensionNumbers
 from weyl_optax import WeylBoundState, adamw2, bound_metrics, scale_by_weyl_bound
 from weyl_optax.flax import dimension_numbers
 
-FIELDS = ("weight_block", "update_block", "sigma_weight", "sigma_update", "scale")
+FIELDS = (
+    "weight_block", "update_block", "sigma_initial", "sigma_weight", "sigma_update", "scale",
+)  # fmt: skip
 
 
 class Attention(NamedTuple):

@@ -1,0 +1,233 @@
+"""Compare the optimizers, each tuned by the same rule, over seeds."""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from examples import nano, optimizers, plots, program, results
+from examples.text_data import load_corpus
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+
+Settings = dict[str, Any]  # of an optimizer: fields of optimizers.Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Tune every optimizer on one seed, and train with its best settings on others.
+
+    Every run is a line of one table. What the table has is not trained again: stop the
+    program at any time and start it anew, or let several do different optimizers at once.
+    """
+
+    model: nano.Name = "gpt"
+    """What to train: a GPT on text, or a ViT or a Swin on digits."""
+    steps: int = 200
+    """Updates of a run."""
+    runs: tuple[optimizers.Name, ...] = tuple(optimizers.OPTIMIZERS)  # type: ignore[assignment]
+    """The optimizers."""
+    seeds: int = 3
+    """Seeds of the best settings. They are tuned on the first, which is 0."""
+    data: Path | None = None
+    """The text of the GPT; by default, Python's standard library."""
+    table: Path = Path("examples/results/compare.jsonl")
+    """The table of all runs."""
+    out: Path = Path("runs/compare")
+    """The folder of the picture, and of the runs until they are done."""
+    report: bool = False
+    """Only show what the table has."""
+
+
+def prepare(flags: Flags) -> nano.Nano:
+    """What to train.
+
+    Raises:
+        ValueError: If a flag is out of range.
+    """
+    if flags.steps < 10 or flags.seeds < 1:
+        raise ValueError("--steps must be at least 10, and --seeds at least 1.")
+    task = nano.load(flags.model)
+    if flags.data is not None:
+        if flags.model != "gpt":
+            raise ValueError(f"--data is the text of a GPT, and --model is {flags.model}.")
+        task = task._replace(data=load_corpus(flags.data))
+    flags.out.mkdir(parents=True, exist_ok=True)
+    flags.table.parent.mkdir(parents=True, exist_ok=True)
+    return task
+
+
+def main(flags: Flags, task: nano.Nano) -> None:
+    """Trains what the table has not, and shows it: a table and a picture."""
+    runs = Runs(flags, task)
+    if not flags.report:
+        best = {name: tune(grid(name, flags.steps), runs.of(name)) for name in flags.runs}
+        for name, settings in best.items():
+            for seed in range(1, flags.seeds):
+                runs.of(name, seed)(settings)
+        for name, settings in best.items():
+            for rate in near(settings["learning_rate"]):
+                runs.of(name)(settings | {"learning_rate": rate})
+    print(report(runs.lines))
+    losses = {name: losses_by_rate(runs.lines, name) for name in names(runs.lines)}
+    picture = plots.save(plots.learning_rate_sweep(losses), flags.out / "compare.png")
+    print(f"\nPicture: {picture}")
+
+
+def tune(grid: Mapping[str, Sequence[Any]], loss: Callable[[Settings], float]) -> Settings:
+    """The best settings, by coordinate descent on a grid, from its middle.
+
+    Each setting in turn moves to its better neighbour as long as that lowers the loss, until
+    none does.
+    """
+    best = {name: values[len(values) // 2] for name, values in grid.items()}
+    moved = True
+    while moved:
+        moved = False
+        for name, values in grid.items():
+            while True:
+                i = values.index(best[name])
+                beside = [
+                    best | {name: x} for x in (*values[max(0, i - 1) : i], *values[i + 1 : i + 2])
+                ]
+                better = min(beside, key=loss, default=best)
+                if not loss(better) < loss(best):
+                    break
+                best, moved = better, True
+    return best
+
+
+def grid(name: str, steps: int) -> dict[str, Sequence[Any]]:
+    """What is tuned of an optimizer, and the values that it may take."""
+    tuned = {"learning_rate": RATES} | optimizers.OPTIMIZERS[name].tuned
+    if "warmup" in tuned:
+        tuned["warmup"] = tuple(round(share * steps) for share in tuned["warmup"])
+    return tuned
+
+
+def near(rate: float) -> Sequence[float]:
+    """A rate of the grid, and two to its either side."""
+    i = RATES.index(rate)
+    return RATES[max(0, i - 2) : i + 3]
+
+
+class Runs:
+    """The runs of one model, length and text: those in the table, and those to come."""
+
+    def __init__(self, flags: Flags, task: nano.Nano):
+        self._flags, self._task = flags, task
+        self._what = {
+            "model": flags.model,
+            "data": None if flags.data is None else flags.data.name,
+            "steps": flags.steps,
+        }
+        text = flags.table.read_text() if flags.table.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines()]
+        self.lines = [line for line in lines if self._what.items() <= line.items()]
+
+    def of(self, name: str, seed: int = 0) -> Callable[[Settings], float]:
+        """The validation loss of an optimizer as a function of its settings, inf for none."""
+
+        def loss(settings: Settings) -> float:
+            run = self._what | {"optimizer": name, "seed": seed, "settings": settings}
+            run = json.loads(json.dumps(run))  # as it is in the table
+            for line in self.lines:
+                if run.items() <= line.items():
+                    return _loss(line)
+            return _loss(self._train(name, seed, settings, run))
+
+        return loss
+
+    def _train(self, name: str, seed: int, settings: Settings, run: dict) -> dict[str, Any]:
+        flags = self._flags
+        config = dataclasses.replace(
+            self._task.config,
+            **settings,
+            seed=seed,
+            steps=flags.steps,
+            log_every=max(1, flags.steps // 20),
+            validate_every=flags.steps,
+        )
+        parts = [*self._what.values(), name, seed, *settings.values()]
+        folder = flags.out / "-".join(map(str, parts)).replace(" ", "")
+        folder.mkdir(exist_ok=True)
+        task = self._task.make_task(name, config, self._task.data)
+        task = dataclasses.replace(task, observe=lambda model, opt_state: {})
+        program.train(name, config, flags.steps, task, folder)
+        summary = results.summarize(folder, name)
+        kept = ("val_loss", "val_accuracy", "train_loss", "diverged_at")
+        line = run | {key: summary[key] for key in kept if key in summary}
+        with flags.table.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        shutil.rmtree(folder)
+        return line
+
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def names(lines: Lines) -> list[str]:
+    """The optimizers of some lines of the table, in the order of the comparison."""
+    found = {line["optimizer"] for line in lines}
+    return [name for name in optimizers.OPTIMIZERS if name in found]
+
+
+def best_settings(lines: Lines, name: str) -> Settings:
+    """Those with the lowest loss on the first seed."""
+    mine = [line for line in lines if line["optimizer"] == name and line["seed"] == 0]
+    return dict(min(mine, key=_loss)["settings"])
+
+
+def losses_by_rate(lines: Lines, name: str) -> dict[float, float | None]:
+    """The losses on the first seed over the peak rate, all else as in the best settings."""
+    best = best_settings(lines, name)
+    return {
+        rate: line["val_loss"]
+        for rate in RATES
+        for line in lines
+        if line["optimizer"] == name
+        and line["seed"] == 0
+        and line["settings"] == best | {"learning_rate": rate}
+    }
+
+
+def report(lines: Lines) -> str:
+    """A line per optimizer: its best settings, and the losses with them over the seeds."""
+    rows = [("", "best settings", "validation loss, mean ± standard deviation", "seeds")]
+    for name in names(lines):
+        best = best_settings(lines, name)
+        losses = [
+            _loss(line) for line in lines if line["optimizer"] == name and line["settings"] == best
+        ]
+        spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
+        settings = ", ".join(f"{key} {_short(value)}" for key, value in best.items())
+        mean = f"{np.mean(losses):.3f}{spread}"
+        rows.append((optimizers.LABELS[name], settings, mean, str(len(losses))))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _loss(line: Mapping[str, Any]) -> float:
+    return math.inf if line["val_loss"] is None else line["val_loss"]
+
+
+def _short(value: Any) -> str:
+    return (
+        "(" + ", ".join(map(_short, value)) + ")"
+        if isinstance(value, (list, tuple))
+        else f"{value:g}"
+    )
+
+
+if __name__ == "__main__":
+    program.run(lambda: tyro.cli(Flags), prepare, main)

@@ -1,0 +1,111 @@
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from examples import compare
+
+
+def test_tuning_finds_the_minimum_of_a_valley_and_nothing_is_evaluated_beyond_its_neighbors():
+    grid = {"learning_rate": compare.RATES, "tau": (0.05, 0.1, 0.2), "betas": ((0.8,), (0.9,))}
+
+    def loss(settings):
+        asked.append(tuple(settings.values()))
+        a, b = math.log10(settings["learning_rate"]), math.log10(settings["tau"])
+        return (a + 3) ** 2 + (a + 3) * (b + 1) + 2 * (b + 1) ** 2 + settings["betas"][0]
+
+    asked = []
+    found = compare.tune(grid, loss)
+    everything = [
+        dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+    ]
+    few = len(set(asked))
+    assert found == min(everything, key=loss)
+    assert few < len(everything) / 2
+
+
+def test_tuning_goes_on_past_a_run_that_diverged_and_ends_where_all_did():
+    losses = {1: 1.0, 2: 0.5, 3: math.inf, 4: 0.1}
+    assert compare.tune({"x": (1, 2, 3, 4)}, lambda s: losses[s["x"]]) == {"x": 4}
+    assert compare.tune({"x": (1, 2, 3)}, lambda _: math.inf) == {"x": 2}
+
+
+def run_of(optimizer, rate, loss, seed=0, steps=200, **settings):
+    return {
+        "model": "gpt",
+        "data": None,
+        "steps": steps,
+        "optimizer": optimizer,
+        "seed": seed,
+        "settings": {"learning_rate": rate} | settings,
+        "val_loss": loss,
+    }
+
+
+RUNS = [
+    run_of("adamw2", 1e-3, 2.5, tau=0.1),
+    run_of("adamw2", 1e-2, 2.4, tau=0.1),
+    run_of("adamw2", 1e-2, 2.45, tau=0.05),
+    run_of("adamw2", 3e-2, None, tau=0.1),
+    run_of("adamw2", 1e-2, 2.3, seed=1, tau=0.1),
+    run_of("adamw2", 1e-3, 2.2, seed=1, tau=0.1),
+    run_of("lion", 1e-3, 2.9, betas=[0.9, 0.95]),
+]
+
+
+def test_the_report_takes_the_settings_from_the_first_seed_and_the_mean_over_all(tmp_path, capsys):
+    table = tmp_path / "table.jsonl"
+    other = [run_of("adamw2", 1e-2, 1.0, steps=1500, tau=0.1)]
+    table.write_text("".join(json.dumps(line) + "\n" for line in RUNS + other))
+    flags = compare.Flags(table=table, out=tmp_path / "out", report=True)
+    compare.main(flags, compare.prepare(flags))
+    lines = capsys.readouterr().out.splitlines()
+    spread = np.std([2.4, 2.3], ddof=1)
+    assert "AdamW², no warmup" in lines[1]
+    assert "learning_rate 0.01, tau 0.1 " in lines[1]
+    assert f"2.350 ± {spread:.3f}" in lines[1]
+    assert lines[1].endswith("  2")
+    assert "learning_rate 0.001, betas (0.9, 0.95)" in lines[2]
+    assert "2.900" in lines[2]
+    assert compare.losses_by_rate(RUNS, "adamw2") == {1e-3: 2.5, 1e-2: 2.4, 3e-2: None}
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+
+
+def test_what_the_table_has_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RATES", (1e-3, 3e-3))
+    flags = compare.Flags(
+        steps=10, runs=("schedule_free",), seeds=2, table=tmp_path / "table.jsonl",
+        out=tmp_path / "out",
+    )  # fmt: skip
+    task = compare.prepare(flags)
+    small = dataclasses.replace(
+        task.config, batch=2, sequence_length=8, validation_batches=1, warmup=1
+    )
+    task = task._replace(config=small)
+    monkeypatch.setattr(
+        compare, "grid", lambda name, steps: {"learning_rate": compare.RATES, "warmup": (1, 2)}
+    )
+    compare.main(flags, task)
+    lines = [json.loads(line) for line in flags.table.read_text().splitlines()]
+    settings = [(line["seed"], *line["settings"].values()) for line in lines]
+    assert len(settings) == len(set(settings))
+    best = compare.best_settings(lines, "schedule_free").values()
+    assert {(0, *best), (1, *best)} <= set(settings)
+    assert len({rate for seed, rate, _ in settings if seed == 0}) == 2
+    assert all(0 < line["val_loss"] < 10 for line in lines)
+    assert not list((tmp_path / "out").glob("*schedule_free*"))
+    monkeypatch.setattr(compare.program, "train", None)
+    compare.main(flags, task)
+    assert len(flags.table.read_text().splitlines()) == len(lines)
+
+
+def test_flags_that_do_not_fit_are_errors(tmp_path):
+    for flags, message in (
+        ({"steps": 5}, "at least 10"),
+        ({"model": "vit", "data": tmp_path}, "--data is the text of a GPT"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare.prepare(compare.Flags(**flags, out=tmp_path, table=tmp_path / "t"))

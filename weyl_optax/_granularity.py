@@ -1,0 +1,142 @@
+"""Finer matrices: a specification in which each unit, or each head, is bounded by itself."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import numpy as np
+from optax.contrib import MuonDimensionNumbers
+
+from weyl_optax._dimension_numbers import (
+    WeightDimNumOrFn,
+    default_numbers,
+    is_entry,
+    is_function,
+    names,
+    path_name,
+    shape_of,
+)
+
+ATTENTION = ("*attention*", "*attn*", "*query*", "*key*", "*value*", "out/*", "*/out/*")
+
+
+def by_unit(weight_dimension_numbers: WeightDimNumOrFn | None = None) -> WeightDimNumOrFn:
+    r"""Bound the incoming weights of every output unit by themselves, as a vector.
+
+    A unit's step is then at most :math:`\tau` times the 2-norm of its own weights, as in
+    adaptive gradient clipping. It is cheaper than the bound of the matrix: a 2-norm needs
+    no search, and nothing is kept between updates. What it guarantees is less: the columns
+    of a matrix grow by at most :math:`1 + \tau`, and so does its Frobenius norm, but its
+    spectral norm may grow by more, up to
+    :math:`1 + \tau \|W\|_F / \|W\|_2`, where all units move alike.
+
+    Args:
+        weight_dimension_numbers: How each leaf is read as matrices, as for
+            :func:`scale_by_weyl_bound`: a tree, or a function that makes one.
+
+    Returns:
+        The same with every matrix taken apart into its columns, one for each index of the
+        output axes. Vectors, scalars and leaves that are left unbounded stay as they are.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from weyl_optax import by_unit, tabulate
+        >>> params = {"kernel": jnp.ones((64, 256)), "bias": jnp.ones(256)}
+        >>> print(tabulate(params, by_unit()))
+        path    shape      read as
+        bias    (256,)     1 vector of 256
+        kernel  (64, 256)  256 vectors of 64
+
+    References:
+        Brock et al, `High-Performance Large-Scale Image Recognition Without Normalization
+        <https://arxiv.org/abs/2102.06171>`_, 2021
+
+    .. seealso:: :func:`by_head`, :func:`scale_by_weyl_bound`
+    """
+    if weight_dimension_numbers is None:
+        return lambda params: by_unit(
+            jax.tree.map(lambda leaf: default_numbers(len(shape_of(leaf))), params)
+        )
+    if is_function(weight_dimension_numbers):
+        return lambda params: by_unit(weight_dimension_numbers(params))
+
+    def columns(entry: MuonDimensionNumbers | None) -> MuonDimensionNumbers | None:
+        if entry is None or not _axes(entry.reduction_axis):
+            return entry
+        return MuonDimensionNumbers((), entry.reduction_axis)
+
+    return jax.tree.map(columns, weight_dimension_numbers, is_leaf=is_entry)
+
+
+def by_head(
+    weight_dimension_numbers: WeightDimNumOrFn, paths: str | Sequence[str] = ATTENTION
+) -> WeightDimNumOrFn:
+    r"""Bound every head of attention by itself.
+
+    A head's part of the kernels of query, key and value, and of the projection of the
+    output, is a matrix of its own. Rule 1 holds for the part of every head. The whole
+    kernel's norm may grow by more than :math:`1 + \tau`, by at most a factor
+    :math:`1 + \tau \sqrt{h}` with :math:`h` heads. The cost is that of the whole matrix.
+
+    Args:
+        weight_dimension_numbers: How each leaf is read as matrices, as for
+            :func:`scale_by_weyl_bound`: a tree, or a function that makes one. The heads
+            must be an axis of their own.
+        paths: Pattern, or patterns, of the paths of attention's leaves, see :mod:`fnmatch`.
+            The first of their two output axes (of query, key, value), or else of their two
+            reduction axes (of the output), is that of the heads. Others stay as they are.
+
+    Returns:
+        The same with the axis of the heads among the batch axes.
+
+    Raises:
+        ValueError: If there is no leaf with heads at these paths.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from weyl_optax import by_head, tabulate
+        >>> from weyl_optax.flax import dimension_numbers
+        >>> model = nnx.MultiHeadAttention(
+        ...     num_heads=4, in_features=64, use_bias=False, rngs=nnx.Rngs(0))
+        >>> params = nnx.as_pure(nnx.state(model, nnx.Param))
+        >>> print(tabulate(params, by_head(dimension_numbers(model))))
+        path          shape        read as
+        key/kernel    (64, 4, 16)  4 matrices of 64 x 16
+        out/kernel    (4, 16, 64)  4 matrices of 16 x 64
+        query/kernel  (64, 4, 16)  4 matrices of 64 x 16
+        value/kernel  (64, 4, 16)  4 matrices of 64 x 16
+
+    .. seealso:: :func:`by_unit`, :func:`scale_by_weyl_bound`
+    """
+    if is_function(weight_dimension_numbers):
+        return lambda params: by_head(weight_dimension_numbers(params), paths)
+    patterns = (paths,) if isinstance(paths, str) else tuple(paths)
+    found = []
+
+    def heads(path: Any, entry: MuonDimensionNumbers | None) -> MuonDimensionNumbers | None:
+        name = path_name(names(path))
+        if entry is None or not any(fnmatchcase(name, pattern) for pattern in patterns):
+            return entry
+        reduction, output = _axes(entry.reduction_axis), _axes(entry.output_axis)
+        if len(output) == 2 > len(reduction):
+            output = output[1:]
+        elif len(reduction) == 2 > len(output):
+            reduction = reduction[1:]
+        else:
+            return entry
+        found.append(name)
+        return MuonDimensionNumbers(reduction, output)
+
+    per_head = jax.tree.map_with_path(heads, weight_dimension_numbers, is_leaf=is_entry)
+    if not found:
+        raise ValueError(
+            f"by_head found no leaf with an axis of heads at the paths {patterns}. Give it "
+            "paths=, the patterns of the paths of attention's kernels and biases."
+        )
+    return per_head
+
+
+def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, (int, np.integer)) else tuple(axes)
