@@ -35,8 +35,7 @@ class Settings:
     tau: float = 0.1
     """Largest growth of a spectral norm in an update, relative (AdamW²)."""
     growth: Growth = "linear"
-    """Relative to the norm at the start, so that it grows linearly; or, as in the paper, to the
-    norm before the update, exponential."""
+    """Of spectral norms over the updates; the paper's is exponential."""
     warmup: int = 50
     """Updates of linear warmup, for the runs that have it."""
     weight_decay: float = 0.1

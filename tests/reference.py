@@ -24,12 +24,19 @@ def sigma(x, reduction, output):
 
 
 class AdamW2:
-    def __init__(self, weights, axes, *, growth, schedule, tau, b1, b2, eps, decay, decayed):
+    def __init__(
+        self, weights, axes, *, growth, max_std, schedule, tau, b1, b2, eps, decay, decayed
+    ):
         self.weights = {name: np.asarray(w, np.float64) for name, w in weights.items()}
         self.m = {name: np.zeros_like(w) for name, w in self.weights.items()}
         self.v = {name: np.zeros_like(w) for name, w in self.weights.items()}
         self.growth = growth
-        self.initial = {name: sigma(w, *axes[name]) for name, w in self.weights.items()}
+        self.most = {name: sigma(w, *axes[name]) for name, w in self.weights.items()}
+        for name, (reduction, output) in axes.items():
+            if reduction:  # a matrix
+                sides = as_matrices(self.weights[name], reduction, output).shape[-2:]
+                gaussian = max_std * sum(map(math.sqrt, sides))
+                self.most[name] = np.minimum(self.most[name], gaussian)
         self.axes, self.schedule, self.tau, self.t = axes, schedule, tau, 0
         self.b1, self.b2, self.eps, self.decay, self.decayed = b1, b2, eps, decay, decayed
 
@@ -45,7 +52,7 @@ class AdamW2:
             u = m_hat / np.sqrt(v_hat + self.eps)
             norm = sigma(w, *self.axes[name])
             if self.growth == "linear":
-                norm = np.minimum(norm, self.initial[name])
+                norm = np.minimum(norm, self.most[name])
             alpha = np.minimum(rate, self.tau * norm / sigma(u, *self.axes[name]))
             decay = self.decay if name in self.decayed else 0.0
             self.weights[name] = w - alpha * u - alpha * decay * w

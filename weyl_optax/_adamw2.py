@@ -23,6 +23,7 @@ def adamw2(
     tau: optax.ScalarOrSchedule = 0.1,
     growth: Growth = "linear",
     min_std: jax.typing.ArrayLike = 1e-3,
+    max_std: jax.typing.ArrayLike = 0.02,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
@@ -37,13 +38,15 @@ def adamw2(
 
         \begin{align*}
           \alpha_t &= \min\left(\eta_t,\;
-              \tau\, \min(\sigma_1(W_0), \sigma_1(W_{t-1})) / \sigma_1(U_t)\right), \\
+              \tau\, \min(\sigma_1(W_{t-1}), \sigma_1(W_0), s (\sqrt m + \sqrt n))
+              / \sigma_1(U_t)\right), \\
           W_t &= W_{t-1} - \alpha_t U_t - \alpha_t \lambda W_{t-1}.
         \end{align*}
 
-    Algorithm 1 of the paper has :math:`\sigma_1(W_{t-1})` where that minimum is, and its one
-    :math:`\varepsilon` under the root: that is ``growth="exponential"``, ``eps=0`` with
-    ``eps_root`` set, and ``min_std=0``, with a ``tau`` of 0.003 to 0.01.
+    where :math:`s` is ``max_std``. Algorithm 1 of the paper has :math:`\sigma_1(W_{t-1})` in
+    place of the inner minimum, and its one :math:`\varepsilon` under the root: that is
+    ``growth="exponential"``, ``min_std=0``, and ``eps=0`` with ``eps_root`` set, with a
+    ``tau`` of 0.003 to 0.01.
 
     Args:
         learning_rate: The largest step, see :func:`optax.adamw`. A schedule needs no
@@ -57,11 +60,11 @@ def adamw2(
             the bounded rate :math:`\alpha_t`.
         mask: The leaves to decay, see :func:`optax.adamw`.
         nesterov: Whether to use Nesterov momentum.
-        tau: Largest growth of a spectral norm in a step, relative to the norm that the matrix
-            began with, or a schedule; see :func:`scale_by_weyl_bound`, also for the arguments
-            that follow.
+        tau: Largest relative growth of a spectral norm in a step, or a schedule; see
+            :func:`scale_by_weyl_bound`, also for the arguments that follow.
         growth: Whether norms may grow linearly or exponentially over the steps.
         min_std: Deviation of the Gaussian matrix whose norm is the least that counts.
+        max_std: Deviation of that whose norm is the most that counts, with linear growth.
         weight_dimension_numbers: How each leaf is read as matrices.
         num_iters: Iterations of the estimator at each update.
 
@@ -75,19 +78,19 @@ def adamw2(
         >>> import jax, jax.numpy as jnp
         >>> from weyl_optax import adamw2
         >>> def f(params): return jnp.sum((params["w"] - 1) ** 2)
-        >>> solver = adamw2(learning_rate=0.1, tau=0.05)
-        >>> params = {"w": jnp.eye(4)}
+        >>> solver = adamw2(learning_rate=0.1, tau=0.5)
+        >>> params = {"w": 0.02 * jnp.eye(4)}
         >>> opt_state = solver.init(params)
         >>> for _ in range(5):
         ...     grads = jax.grad(f)(params)
         ...     updates, opt_state = solver.update(grads, opt_state, params)
         ...     params = {"w": params["w"] + updates["w"]}
         ...     print(f"{f(params):.2f} {jnp.linalg.norm(params['w'], 2):.4f}")
-        11.60 1.0500
-        11.29 1.1000
-        10.80 1.1500
-        10.39 1.2000
-        10.04 1.2500
+        15.76 0.0300
+        15.68 0.0400
+        15.60 0.0500
+        15.52 0.0600
+        15.45 0.0700
 
     References:
         Qi et al, `Taming Transformer Without Using Learning Rate Warmup
@@ -104,6 +107,7 @@ def adamw2(
             weight_decay=weight_decay,
             weight_decay_mask=mask,
             min_std=min_std,
+            max_std=max_std,
             weight_dimension_numbers=weight_dimension_numbers,
             num_iters=num_iters,
         ),

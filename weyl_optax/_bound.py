@@ -42,6 +42,7 @@ def scale_by_weyl_bound(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | None = None,
     min_std: jax.typing.ArrayLike = 1e-3,
+    max_std: jax.typing.ArrayLike = 0.02,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
 ) -> optax.GradientTransformationExtraArgs:
@@ -69,24 +70,25 @@ def scale_by_weyl_bound(
 
     That is the rule of the paper, by which a norm may grow exponentially, to
     :math:`(1 + \tau)^T` times what it was after :math:`T` steps: too little or far too much,
-    as :math:`\tau` and :math:`T` happen to be. By default the growth is at most linear, to
-    :math:`1 + \tau T` times: no step is larger than :math:`\tau` times the norm
-    that the matrix began with,
+    as :math:`\tau` and :math:`T` happen to be. By default a norm grows at most linearly. No step
+    is larger than :math:`\tau` times the norm with which the weights began, nor, for a matrix,
+    than :math:`\tau` times that of an :math:`m \times n` Gaussian matrix of the
+    deviation :math:`s` (``max_std``):
 
     .. math::
 
-        \alpha_t = \min\left(\eta_t,\;
-            \tau \frac{\min(\sigma_1(W_0), \sigma_1(W_{t-1}))}{\sigma_1(U_t)}\right).
+        \alpha_t = \min\left(\eta_t,\; \tau\, \frac{\min(\sigma_1(W_{t-1}),\;
+            \sigma_1(W_0),\; s (\sqrt m + \sqrt n))}{\sigma_1(U_t)}\right).
 
     Args:
-        tau: Largest growth of a spectral norm in a step, relative to the norm that the matrix
-            began with; a schedule of it is allowed. With ``growth="exponential"``, relative to
-            the norm before the step: the paper takes 0.003 to 0.004 for ViT, 0.004 for Swin,
-            and 0.01 for GPT, over 100,000 steps and more; a shorter run needs a larger one.
+        tau: Largest growth of a spectral norm in a step, relative; a schedule of it is allowed.
+            With exponential growth, the paper takes 0.003 to 0.004 for ViT, 0.004 for Swin, and
+            0.01 for GPT, over 100,000 steps and more; a shorter run needs a larger one.
         learning_rate: The rate, or the schedule, of the
             :func:`optax.scale_by_learning_rate` that follows. With the default of
             1.0, the update is bounded as it is given.
-        growth: ``"linear"`` or ``"exponential"``: what a norm may do over the steps.
+        growth: ``"linear"``, or ``"exponential"`` as in the paper: what a norm may do over the
+            steps.
         weight_decay: Strength of the decoupled weight decay :math:`\lambda`, or a
             schedule. It is added after :math:`\sigma_1(U_t)` is measured, and scaled
             by the same factor:
@@ -98,6 +100,9 @@ def scale_by_weyl_bound(
             ``min_std * (sqrt(m) + sqrt(n))``, that of an :math:`m \times n` Gaussian
             matrix of this standard deviation, counts as having that norm, so that a
             layer that starts at zero can move. 0 is the paper's rule to the letter.
+        max_std: With linear growth, a matrix with a norm above
+            ``max_std * (sqrt(m) + sqrt(n))`` counts as having that norm. The default is the
+            usual deviation of a Transformer's initial weights.
         weight_dimension_numbers: How each leaf is read as matrices: a tree like the
             params with an :class:`optax.contrib.MuonDimensionNumbers` for each leaf or
             subtree, or ``None`` to leave it unbounded (where Muon would use Adam); or a
@@ -134,12 +139,12 @@ def scale_by_weyl_bound(
         >>> import jax, jax.numpy as jnp, optax
         >>> from weyl_optax import scale_by_weyl_bound
         >>> solver = optax.chain(optax.lion(0.1), scale_by_weyl_bound(tau=0.01))
-        >>> params = {"w": jnp.eye(3)}
+        >>> params = {"w": 0.02 * jnp.eye(3)}
         >>> opt_state = solver.init(params)
         >>> grads = {"w": jnp.ones((3, 3))}
         >>> updates, opt_state = solver.update(grads, opt_state, params)
         >>> print(f"{jnp.linalg.norm(updates['w'], 2):.4f}")
-        0.0100
+        0.0002
 
     References:
         Qi et al, `Taming Transformer Without Using Learning Rate Warmup
@@ -152,6 +157,7 @@ def scale_by_weyl_bound(
     check_at_least("learning_rate", learning_rate, 0)
     check_at_least("weight_decay", weight_decay, 0)
     check_at_least("min_std", min_std, 0)
+    check_at_least("max_std", max_std, 0)
     check_at_least("num_iters", num_iters, 1)
     check_in("growth", growth, get_args(Growth))
 
@@ -221,7 +227,12 @@ def scale_by_weyl_bound(
         ]
         references = sigma_weights
         if growth == "linear":
-            references = list(map(jnp.minimum, sigma_initials, sigma_weights))
+            references = [
+                _linear_reference(spec, now, initial, max_std)
+                for spec, now, initial in zip(
+                    leaves.specs, sigma_weights, sigma_initials, strict=True
+                )
+            ]
         max_growth, rate = value_at(tau, state.count), value_at(learning_rate, state.count)
         scales = [
             _scale(spec, reference, sigma_update, max_growth, rate, min_std)
@@ -253,6 +264,21 @@ def scale_by_weyl_bound(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _linear_reference(
+    spec: MatrixSpec, now: jax.Array, initial: jax.Array, max_std: jax.typing.ArrayLike
+) -> jax.Array:
+    """The norm that counts, of which a step may be tau times, if norms shall grow linearly."""
+    reference = jnp.minimum(now, initial)
+    if not spec.reduction:
+        return reference
+    return jnp.minimum(reference, jnp.asarray(max_std, now.dtype) * _gaussian_norm(spec))
+
+
+def _gaussian_norm(spec: MatrixSpec) -> float:
+    """The norm of a Gaussian matrix of deviation 1."""
+    return sum(math.sqrt(size) for size in spec.matrix_shape)
+
+
 def _scale(
     spec: MatrixSpec,
     reference: jax.Array,
@@ -263,8 +289,7 @@ def _scale(
 ) -> jax.Array:
     """min(1, tau reference / (rate sigma_1(U)))."""
     tau, rate, min_std = (jnp.asarray(x, reference.dtype) for x in (tau, rate, min_std))
-    least = min_std * sum(math.sqrt(size) for size in spec.matrix_shape)
-    allowed = tau * jnp.maximum(reference, least)
+    allowed = tau * jnp.maximum(reference, min_std * _gaussian_norm(spec))
     wanted = rate * sigma_update
     # NaN is not <= anything: it passes into the scale, and so into the update.
     is_bounded = ~(wanted <= allowed)

@@ -47,7 +47,7 @@ def bound_metrics(
         >>> import jax.numpy as jnp
         >>> from weyl_optax import adamw2, bound_metrics
         >>> params = {"w": 2 * jnp.eye(3), "b": jnp.ones(3)}
-        >>> solver = adamw2(0.1, tau=0.01)
+        >>> solver = adamw2(0.1, tau=0.01, max_std=1.0)
         >>> grads = {"w": jnp.ones((3, 3)), "b": jnp.zeros(3)}
         >>> _, opt_state = solver.update(grads, solver.init(params), params)
         >>> for name, value in bound_metrics(opt_state).items():

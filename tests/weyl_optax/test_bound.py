@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,8 @@ from optax.contrib import MuonDimensionNumbers
 
 import weyl_optax
 from weyl_optax import scale_by_weyl_bound
+
+rule_1 = functools.partial(scale_by_weyl_bound, growth="exponential")
 
 LINEAR = (3, 4, 5, 6)
 EXPONENTIAL = (3, 4.5, 6.75, 10.125)
@@ -22,7 +26,7 @@ def normal(seed, shape, dtype=jnp.float32):
 def test_the_update_after_an_optimizer_is_scaled_to_tau_times_the_norm():
     params = {"w": normal(0, (5, 24, 20))}
     updates = {"w": 100 * normal(1, (5, 24, 20))}
-    solver = scale_by_weyl_bound(0.004, num_iters=100)
+    solver = rule_1(0.004, num_iters=100)
     bounded, _ = solver.update(updates, solver.init(params), params)
     np.testing.assert_allclose(exact(bounded["w"]), 0.004 * exact(params["w"]), rtol=1e-5)
     ratio = np.asarray(bounded["w"] / updates["w"])
@@ -32,7 +36,7 @@ def test_the_update_after_an_optimizer_is_scaled_to_tau_times_the_norm():
 def test_a_small_update_passes_unchanged():
     params = {"w": normal(0, (24, 16)), "b": jnp.ones(3)}
     updates = jax.tree.map(lambda x: 1e-4 * x, params)
-    solver = scale_by_weyl_bound(0.004)
+    solver = rule_1(0.004)
     bounded, _ = solver.update(updates, solver.init(params), params)
     for name in params:
         np.testing.assert_array_equal(bounded[name], updates[name])
@@ -42,7 +46,7 @@ def test_learning_rate_schedule_and_tau_schedule_are_evaluated_at_each_step():
     params, updates = {"w": 2 * jnp.eye(3)}, {"w": 4 * jnp.eye(3)}
     rate = lambda count: 0.5 * (count + 1)  # noqa: E731
     tau = lambda count: 0.01 * (count + 1) ** 2  # noqa: E731
-    solver = scale_by_weyl_bound(tau, rate)
+    solver = rule_1(tau, rate)
     state = solver.init(params)
     for count in range(3):
         _, state = solver.update(updates, state, params)
@@ -60,7 +64,7 @@ def test_a_learning_rate_of_zero_leaves_the_update():
 def test_weight_decay_is_added_after_the_measurement_and_scaled_alike():
     params = {"w": 2 * jnp.eye(3), "b": 3 * jnp.ones(4)}
     updates = {"w": 4 * jnp.eye(3), "b": jnp.ones(4)}
-    solver = scale_by_weyl_bound(0.01, weight_decay=0.5, weight_decay_mask={"w": True, "b": False})
+    solver = rule_1(0.01, weight_decay=0.5, weight_decay_mask={"w": True, "b": False})
     bounded, _ = solver.update(updates, solver.init(params), params)
     np.testing.assert_allclose(bounded["w"], 0.005 * (4 + 0.5 * 2) * np.eye(3), rtol=1e-6)
     np.testing.assert_allclose(bounded["b"], 0.03 * np.ones(4), rtol=1e-6)
@@ -68,7 +72,7 @@ def test_weight_decay_is_added_after_the_measurement_and_scaled_alike():
 
 def test_weight_decay_may_be_a_schedule():
     params = updates = {"w": jnp.eye(3)}
-    solver = scale_by_weyl_bound(10.0, weight_decay=lambda count: 1.0 * count)
+    solver = rule_1(10.0, weight_decay=lambda count: 1.0 * count)
     state = solver.init(params)
     for count in range(3):
         bounded, state = solver.update(updates, state, params)
@@ -103,7 +107,7 @@ def test_min_std_does_not_bind_for_usual_initializations(std):
 
 @pytest.mark.parametrize(("growth", "norms"), [("linear", LINEAR), ("exponential", EXPONENTIAL)])
 def test_a_norm_grows_by_tau_of_what_it_was_at_first_or_of_what_it_was_before(growth, norms):
-    solver = scale_by_weyl_bound(0.5, growth=growth)
+    solver = scale_by_weyl_bound(0.5, growth=growth, max_std=10.0)
     params = {"w": 2 * jnp.eye(3)}
     state = solver.init({"w": jnp.eye(3)})  # the params were loaded after init
     for norm in norms:
@@ -114,7 +118,7 @@ def test_a_norm_grows_by_tau_of_what_it_was_at_first_or_of_what_it_was_before(gr
 
 @pytest.mark.parametrize("growth", ["linear", "exponential"])
 def test_a_norm_that_has_shrunk_grows_by_at_most_tau_of_what_it_is(growth):
-    solver = scale_by_weyl_bound(0.5, growth=growth)
+    solver = scale_by_weyl_bound(0.5, growth=growth, max_std=10.0)
     state = solver.init(8 * jnp.eye(3))
     _, state = solver.update(jnp.eye(3), state, 8 * jnp.eye(3))
     updates, state = solver.update(100 * jnp.eye(3), state, 2 * jnp.eye(3))
@@ -122,12 +126,22 @@ def test_a_norm_that_has_shrunk_grows_by_at_most_tau_of_what_it_is(growth):
 
 
 def test_linear_growth_begins_with_the_first_norm_that_is_not_zero():
-    solver = scale_by_weyl_bound(0.5, min_std=1e-3)
+    solver = scale_by_weyl_bound(0.5, min_std=1e-3, max_std=10.0)
     state = solver.init(jnp.zeros((3, 3)))
     least = 1e-3 * 2 * np.sqrt(3)
     for w, norm in ((jnp.zeros((3, 3)), least), (4 * jnp.eye(3), 4), (9 * jnp.eye(3), 4)):
         updates, state = solver.update(100 * jnp.eye(3), state, w)
         np.testing.assert_allclose(exact(updates), 0.5 * norm, rtol=1e-6)
+
+
+def test_with_linear_growth_a_matrix_counts_as_at_most_a_gaussian_of_max_std():
+    params = {"w": 100 * jnp.ones((4, 9)), "gain": 100 * jnp.ones(9)}
+    updates = jax.tree.map(jnp.square, params)
+    for growth, norm in (("linear", 2 * (2 + 3)), ("exponential", 100 * 6)):
+        solver = scale_by_weyl_bound(0.1, growth=growth, max_std=2.0)
+        bounded, _ = solver.update(updates, solver.init(params), params)
+        np.testing.assert_allclose(exact(bounded["w"]), 0.1 * norm, rtol=1e-5)
+        np.testing.assert_allclose(bounded["gain"], 0.1 * params["gain"], rtol=1e-5)
 
 
 def test_a_zero_update_stays_zero():
@@ -143,7 +157,7 @@ def test_a_zero_update_stays_zero():
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_step_that_is_not_finite_is_seen_and_then_forgotten(bad, at):
     params = {"w": normal(0, (2, 32, 24)), "b": jnp.ones(5)}
-    solver = scale_by_weyl_bound(0.01, num_iters=20)
+    solver = rule_1(0.01, num_iters=20)
     good = {"w": normal(1, (2, 32, 24)), "b": jnp.ones(5)}
     broken = {"w": good["w"].at[1, 3, 4].set(bad), "b": good["b"].at[0].set(bad)}
     state = solver.init(params)
@@ -167,7 +181,7 @@ def test_norms_neither_overflow_nor_underflow(size):
     w, u, b = normal(0, (40, 30)), normal(1, (40, 30)), jnp.ones(50)
     params = {"w": w * size, "b": b * size}
     updates = {"w": u * size, "b": b * size}
-    solver = scale_by_weyl_bound(0.01, min_std=0.0, num_iters=50)
+    solver = rule_1(0.01, min_std=0.0, num_iters=50)
     _, state = solver.update(updates, solver.init(params), params)
     np.testing.assert_allclose(state.sigma_weight["w"] / size, exact(w), rtol=1e-5)
     np.testing.assert_allclose(state.sigma_update["w"] / size, exact(u), rtol=1e-5)
@@ -248,6 +262,7 @@ def test_num_iters_raises_the_accuracy_to_the_exact_norm():
 
 BAD = {
     "tau": (-1.0, "tau must be at least 0, got -1.0"),
+    "max_std": (-1.0, "max_std must be at least 0, got -1.0"),
     "growth": ("quadratic", "growth must be one of 'linear', 'exponential', got 'quadratic'"),
     "learning_rate": (-1e-3, "learning_rate must be at least 0"),
     "weight_decay": (-0.1, "weight_decay must be at least 0"),
@@ -290,7 +305,7 @@ def test_updates_of_another_shape_are_named():
 def test_none_leaves_a_leaf_unbounded():
     params = {"w": jnp.eye(3), "v": jnp.eye(3)}
     numbers = {"w": MuonDimensionNumbers(), "v": None}
-    solver = scale_by_weyl_bound(0.1, weight_dimension_numbers=numbers)
+    solver = rule_1(0.1, weight_dimension_numbers=numbers)
     bounded, state = solver.update(params, solver.init(params), params)
     np.testing.assert_allclose(bounded["w"], 0.1 * np.eye(3), rtol=1e-6)
     np.testing.assert_array_equal(bounded["v"], np.eye(3))

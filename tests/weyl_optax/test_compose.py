@@ -17,6 +17,8 @@ from optax.contrib import MuonDimensionNumbers
 from weyl_optax import adamw2, bound_metrics, scale_by_weyl_bound
 from weyl_optax.flax import dimension_numbers
 
+rule_1 = functools.partial(scale_by_weyl_bound, growth="exponential")
+
 PARAMS = {
     "w": jax.random.normal(jax.random.key(0), (24, 20)),
     "stack": jax.random.normal(jax.random.key(1), (3, 18, 20)),
@@ -103,7 +105,7 @@ def test_inject_hyperparams_with_all_defaults():
     updates, state = steps(optax.inject_hyperparams(adamw2)(learning_rate=0.1))
     assert_close(updates, steps(adamw2(0.1))[0])
     names = {"learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay"}
-    assert set(state.hyperparams) == names | {"tau", "min_std", "num_iters"}
+    assert set(state.hyperparams) == names | {"tau", "min_std", "max_std", "num_iters"}
     updates, _ = steps(optax.inject_hyperparams(scale_by_weyl_bound)())
     assert_close(updates, steps(scale_by_weyl_bound())[0])
 
@@ -265,7 +267,7 @@ def test_scalars_vectors_zero_sizes_and_integers():
         "row": jnp.ones((1, 6)),
         "zero": jnp.zeros((6, 5)),
     }
-    updates, state = steps(scale_by_weyl_bound(0.5), params, jax.tree.map(lambda x: 8 * x, params))
+    updates, state = steps(rule_1(0.5), params, jax.tree.map(lambda x: 8 * x, params))
     np.testing.assert_allclose(updates["scalar"], 1.0)
     np.testing.assert_allclose(updates["vector"], 0.5 * np.ones(4), rtol=1e-6)
     np.testing.assert_allclose(updates["row"], 0.5 * np.ones((1, 6)), rtol=1e-6)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,14 @@ from optax.contrib import MuonDimensionNumbers
 from weyl_optax import by_head, by_unit, scale_by_weyl_bound, tabulate
 from weyl_optax.flax import dimension_numbers
 
+rule_1 = functools.partial(scale_by_weyl_bound, growth="exponential")
+
 TAU = 0.1
 
 
 def moved(numbers, params, updates):
     """The params after one bounded step, in float64."""
-    bound = scale_by_weyl_bound(TAU, weight_dimension_numbers=numbers)
+    bound = rule_1(TAU, weight_dimension_numbers=numbers)
     bounded, _ = bound.update(updates, bound.init(params), params)
     return jax.tree.map(lambda w, u: np.float64(w) + np.float64(u), params, bounded)
 

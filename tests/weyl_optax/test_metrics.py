@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,13 +8,15 @@ import pytest
 
 from weyl_optax import adamw2, bound_metrics, scale_by_weyl_bound
 
+rule_1 = functools.partial(scale_by_weyl_bound, growth="exponential")
+
 STATISTICS = ("min", "median", "max")
 
 
 def test_measures_what_the_update_did():
     params = {"layers": {"w": jnp.stack([2 * jnp.eye(4), 3 * jnp.eye(4)])}, "b": jnp.ones(4)}
     updates = {"layers": {"w": jnp.stack([jnp.eye(4), 1e-3 * jnp.eye(4)])}, "b": jnp.zeros(4)}
-    solver = optax.chain(optax.identity(), scale_by_weyl_bound(0.01))
+    solver = optax.chain(optax.identity(), rule_1(0.01))
     _, state = solver.update(updates, solver.init(params), params)
     metrics = jax.jit(bound_metrics)(state)
     np.testing.assert_allclose(metrics["layers/w/sigma_weight"], [2, 3], rtol=1e-6)
@@ -48,7 +52,7 @@ def test_a_state_without_a_bound_says_what_to_chain():
 def test_scalars_for_a_logger():
     params = {"stack": jnp.stack([i * jnp.eye(4) for i in (1.0, 2.0, 6.0)]), "w": jnp.eye(3)}
     updates = {"stack": jnp.stack([jnp.eye(4)] * 3).at[2].multiply(1e-3), "w": jnp.eye(3)}
-    solver = scale_by_weyl_bound(0.5)
+    solver = rule_1(0.5)
     _, state = solver.update(updates, solver.init(params), params)
     metrics = bound_metrics(state, scalars=True, prefix="optimizer/")
     assert all(value.shape == () for value in metrics.values())
@@ -76,7 +80,7 @@ def test_scalars_for_a_logger():
 
 def test_two_bounds_of_one_leaf_are_both_there():
     params = updates = {"w": jnp.eye(3)}
-    solver = optax.chain(scale_by_weyl_bound(0.5), scale_by_weyl_bound(0.1))
+    solver = optax.chain(rule_1(0.5), rule_1(0.1))
     _, state = solver.update(updates, solver.init(params), params)
     metrics = bound_metrics(state)
     np.testing.assert_allclose(metrics["bound_0/w/scale"], 0.5, rtol=1e-6)
@@ -87,7 +91,7 @@ def test_two_bounds_of_one_leaf_are_both_there():
 
 def test_two_bounds_of_different_leaves_need_no_names():
     params = updates = {"a": jnp.eye(3), "b": jnp.eye(3)}
-    bounds = {name: scale_by_weyl_bound(tau) for name, tau in (("x", 0.5), ("y", 2.0))}
+    bounds = {name: rule_1(tau) for name, tau in (("x", 0.5), ("y", 2.0))}
     solver = optax.partition(bounds, {"a": "x", "b": "y"})
     _, state = solver.update(updates, solver.init(params), params)
     metrics = bound_metrics(state)
