@@ -32,8 +32,8 @@ class Preset:
 
 
 PRESETS = {
-    "gpt": Preset(learning_rate=0.3, tau=0.1, steps=160),
-    "vit": Preset(learning_rate=0.1, tau=0.1, steps=160),
+    "gpt": Preset(learning_rate=0.3, tau=0.03, steps=160),
+    "vit": Preset(learning_rate=0.1, tau=0.015, steps=160),
 }
 
 
@@ -79,6 +79,7 @@ def prepare(flags: Flags) -> Experiment:
     config = dataclasses.replace(
         model.config,
         **{field.name: getattr(flags, field.name) for field in dataclasses.fields(Preset)},
+        growth="exponential",  # the paper's rule
         seed=flags.seed,
         watch=flags.watch,
         log_every=flags.watch,
