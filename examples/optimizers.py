@@ -194,7 +194,7 @@ def _hidden_kernels(numbers: Any) -> Any:
 _CLIP = {"tau": (0.01, 0.03, 0.1)}
 _SHARE = {"adam_share": (0.1, 0.3, 1.0)}
 _MOMENTUM = {"betas": ((0.8, 0.95), (0.9, 0.95), (0.95, 0.95))}
-_WARMUP = {"warmup": (1 / 30, 1 / 10, 1 / 5)}  # as a share of the steps
+_WARMUP = {"warmup": (1 / 30, 1 / 10, 1 / 5, 2 / 5)}  # as a share of the steps
 
 _TAU = {"tau": (0.03, 0.1, 0.3)}
 OPTIMIZERS: dict[str, Optimizer] = {
