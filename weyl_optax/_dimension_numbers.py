@@ -85,9 +85,7 @@ def resolve_dimension_numbers(
     )
 
 
-def is_function(
-    weight_dimension_numbers: Any,
-) -> TypeGuard[Callable[[optax.Params], Any]]:
+def is_function(weight_dimension_numbers: Any) -> TypeGuard[Callable[[optax.Params], Any]]:
     """Whether it makes a tree of the params, and is none: an Equinox model can be called too."""
     return callable(weight_dimension_numbers) and jax.tree_util.all_leaves(
         [weight_dimension_numbers]
@@ -219,6 +217,11 @@ def overridden(
     return numbers
 
 
+def axes_of(axes: int | Sequence[int]) -> tuple[int, ...]:
+    """The axes of a side of a `MuonDimensionNumbers`, of which one may be written as a number."""
+    return (axes,) if isinstance(axes, (int, np.integer)) else tuple(axes)
+
+
 def names(path: Sequence[Any]) -> tuple[str, ...]:
     """A leaf's path, whatever the containers are: a field, a key and an index are names."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
@@ -243,6 +246,7 @@ def _is_hole(x: Any) -> bool:
 
 
 def is_entry(x: Any) -> bool:
+    """Whether it stands for a leaf, or for a subtree, in a specification."""
     return _is_hole(x) or isinstance(x, MuonDimensionNumbers)
 
 
@@ -302,7 +306,7 @@ def _matrix_spec(
         )
 
     def normalize(axes: int | Sequence[int]) -> tuple[int, ...]:
-        axes = (axes,) if isinstance(axes, (int, np.integer)) else tuple(axes)
+        axes = axes_of(axes)
         for axis in axes:
             if not -len(shape) <= axis < len(shape):
                 raise ValueError(

@@ -5,11 +5,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-import numpy as np
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax._dimension_numbers import (
     WeightDimNumOrFn,
+    axes_of,
     default_numbers,
     is_entry,
     is_function,
@@ -61,10 +61,10 @@ def by_unit(weight_dimension_numbers: WeightDimNumOrFn | None = None) -> WeightD
     if is_function(weight_dimension_numbers):
         return lambda params: by_unit(weight_dimension_numbers(params))
 
-    def columns(entry: MuonDimensionNumbers | None) -> MuonDimensionNumbers | None:
-        if entry is None or not _axes(entry.reduction_axis):
-            return entry
-        return MuonDimensionNumbers((), entry.reduction_axis)
+    def columns(entry: Any) -> Any:
+        if isinstance(entry, MuonDimensionNumbers) and axes_of(entry.reduction_axis):
+            return MuonDimensionNumbers((), entry.reduction_axis)
+        return entry
 
     return jax.tree.map(columns, weight_dimension_numbers, is_leaf=is_entry)
 
@@ -115,11 +115,13 @@ def by_head(
     patterns = (paths,) if isinstance(paths, str) else tuple(paths)
     found = []
 
-    def heads(path: Any, entry: MuonDimensionNumbers | None) -> MuonDimensionNumbers | None:
+    def heads(path: Any, entry: Any) -> Any:
         name = path_name(names(path))
-        if entry is None or not any(fnmatchcase(name, pattern) for pattern in patterns):
+        if not isinstance(entry, MuonDimensionNumbers) or not any(
+            fnmatchcase(name, pattern) for pattern in patterns
+        ):
             return entry
-        reduction, output = _axes(entry.reduction_axis), _axes(entry.output_axis)
+        reduction, output = axes_of(entry.reduction_axis), axes_of(entry.output_axis)
         if len(output) == 2 > len(reduction):
             output = output[1:]
         elif len(reduction) == 2 > len(output):
@@ -136,7 +138,3 @@ def by_head(
             "paths=, the patterns of the paths of attention's kernels and biases."
         )
     return per_head
-
-
-def _axes(axes: int | Sequence[int]) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, (int, np.integer)) else tuple(axes)

@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
@@ -79,6 +80,8 @@ def test_specifications_of_every_kind_are_refined():
     units = {"a": MuonDimensionNumbers((), 0), "b": None, "c": MuonDimensionNumbers((), 0)}
     assert by_unit(tree) == units
     assert by_unit(lambda params: tree)(None) == units
+    masked = tree | {"d": optax.MaskedNode()}
+    assert by_unit(masked) == units | {"d": optax.MaskedNode()}
     assert by_unit(MuonDimensionNumbers(0, 1)) == MuonDimensionNumbers((), 0)
     params = {"a": jnp.ones((3, 4, 5)), "c": jnp.ones(2), "n": jnp.arange(3)}
     assert tabulate(params, by_unit()) == (
@@ -93,6 +96,7 @@ def test_specifications_of_every_kind_are_refined():
     }
     finer = {"attn": {"q": MuonDimensionNumbers((0,), (2,))}, "conv": heads["conv"]}
     assert by_head(heads) == finer
+    assert by_head(heads | {"d": optax.MaskedNode()}, "*attn*") == finer | {"d": optax.MaskedNode()}
     assert by_head(lambda params: heads)(None) == finer
 
 
