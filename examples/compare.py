@@ -93,9 +93,7 @@ def tune(grid: Mapping[str, Sequence[Any]], loss: Callable[[Settings], float]) -
         for name, values in grid.items():
             while True:
                 i = values.index(best[name])
-                beside = [
-                    best | {name: x} for x in (*values[max(0, i - 1) : i], *values[i + 1 : i + 2])
-                ]
+                beside = [best | {name: values[j]} for j in (i - 1, i + 1) if 0 <= j < len(values)]
                 better = min(beside, key=loss, default=best)
                 if not loss(better) < loss(best):
                     break
@@ -140,12 +138,13 @@ class Runs:
             for line in self.lines:
                 if run.items() <= line.items():
                     return _loss(line)
-            return _loss(self._train(name, seed, settings, run))
+            return _loss(self._train(run, settings))
 
         return loss
 
-    def _train(self, name: str, seed: int, settings: Settings, run: dict) -> dict[str, Any]:
-        flags = self._flags
+    def _train(self, run: dict[str, Any], settings: Settings) -> dict[str, Any]:
+        """Trains in a folder of its own, which goes when the run is a line of the table."""
+        flags, name, seed = self._flags, run["optimizer"], run["seed"]
         config = dataclasses.replace(
             self._task.config,
             **settings,
@@ -170,35 +169,29 @@ class Runs:
         return line
 
 
-Lines = Sequence[Mapping[str, Any]]
-
-
-def names(lines: Lines) -> list[str]:
+def names(lines: plots.Lines) -> list[str]:
     """The optimizers of some lines of the table, in the order of the comparison."""
     found = {line["optimizer"] for line in lines}
     return [name for name in optimizers.OPTIMIZERS if name in found]
 
 
-def best_settings(lines: Lines, name: str) -> Settings:
+def best_settings(lines: plots.Lines, name: str) -> Settings:
     """Those with the lowest loss on the first seed."""
-    mine = [line for line in lines if line["optimizer"] == name and line["seed"] == 0]
-    return dict(min(mine, key=_loss)["settings"])
+    return min(_on_first_seed(lines, name), key=_loss)["settings"]
 
 
-def losses_by_rate(lines: Lines, name: str) -> dict[float, float | None]:
+def losses_by_rate(lines: plots.Lines, name: str) -> dict[float, float | None]:
     """The losses on the first seed over the peak rate, all else as in the best settings."""
     best = best_settings(lines, name)
     return {
         rate: line["val_loss"]
         for rate in RATES
-        for line in lines
-        if line["optimizer"] == name
-        and line["seed"] == 0
-        and line["settings"] == best | {"learning_rate": rate}
+        for line in _on_first_seed(lines, name)
+        if line["settings"] == best | {"learning_rate": rate}
     }
 
 
-def report(lines: Lines) -> str:
+def report(lines: plots.Lines) -> str:
     """A line per optimizer: its best settings, and the losses with them over the seeds."""
     rows = [("", "best settings", "validation loss, mean ± standard deviation", "seeds")]
     for name in names(lines):
@@ -215,6 +208,10 @@ def report(lines: Lines) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def _on_first_seed(lines: plots.Lines, name: str) -> plots.Lines:
+    return [line for line in lines if line["optimizer"] == name and line["seed"] == 0]
 
 
 def _loss(line: Mapping[str, Any]) -> float:

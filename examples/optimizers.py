@@ -71,10 +71,14 @@ def make(
 def is_decayed(params: optax.Params) -> optax.Params:
     """Kernels and embeddings, but no biases, norms, positions or class tokens."""
 
-    def name(path: tuple[Any, ...]) -> str:
-        return jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")[2]
+    def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
+        return _name(path).rpartition("/")[2] in ("kernel", "embedding")
 
-    return jax.tree.map_with_path(lambda path, _: name(path) in ("kernel", "embedding"), params)
+    return jax.tree.map_with_path(is_decayed, params)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def evaluation_params(params: optax.Params, opt_state: optax.OptState) -> optax.Params:
@@ -147,6 +151,7 @@ def _unit_clip(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.Gradien
 
 
 def _schedule_free(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    """`optax.contrib.schedule_free_adamw`, but for the mask of the decay, which that has not."""
     del numbers
     adam = optax.chain(
         optax.scale_by_rms(s.betas[1], bias_correction=True, eps_in_sqrt=False),
@@ -183,7 +188,7 @@ def _hidden_kernels(numbers: Any) -> Any:
     """
 
     def entry(path: tuple[Any, ...], leaf: MuonDimensionNumbers) -> MuonDimensionNumbers | None:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _name(path)
         return leaf if "blocks/" in name and name.endswith("kernel") else None
 
     return jax.tree.map_with_path(
@@ -191,12 +196,12 @@ def _hidden_kernels(numbers: Any) -> Any:
     )
 
 
+_TAU = {"tau": (0.03, 0.1, 0.3)}
 _CLIP = {"tau": (0.01, 0.03, 0.1)}
 _SHARE = {"adam_share": (0.1, 0.3, 1.0)}
 _MOMENTUM = {"betas": ((0.8, 0.95), (0.9, 0.95), (0.95, 0.95))}
 _WARMUP = {"warmup": (1 / 30, 1 / 10, 1 / 5, 2 / 5)}  # as a share of the steps
 
-_TAU = {"tau": (0.03, 0.1, 0.3)}
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer("AdamW, no warmup", _adamw, _cosine, {}),
     "adamw_warmup": Optimizer("AdamW, warmup", _adamw, _warmup_cosine, _WARMUP),

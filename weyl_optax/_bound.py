@@ -225,20 +225,14 @@ def scale_by_weyl_bound(
             jnp.where((before > 0) & jnp.isfinite(before), before, now)
             for before, now in zip(leaves.of(state.sigma_initial), sigma_weights, strict=True)
         ]
-        references = sigma_weights
-        if growth == "linear":
-            references = [
-                _linear_reference(spec, now, initial, max_std)
-                for spec, now, initial in zip(
-                    leaves.specs, sigma_weights, sigma_initials, strict=True
-                )
-            ]
+        references = [
+            _reference(spec, now, initial, growth, min_std, max_std)
+            for spec, now, initial in zip(leaves.specs, sigma_weights, sigma_initials, strict=True)
+        ]
         max_growth, rate = value_at(tau, state.count), value_at(learning_rate, state.count)
         scales = [
-            _scale(spec, reference, sigma_update, max_growth, rate, min_std)
-            for spec, reference, sigma_update in zip(
-                leaves.specs, references, sigma_updates, strict=True
-            )
+            _scale(reference, sigma_update, max_growth, rate)
+            for reference, sigma_update in zip(references, sigma_updates, strict=True)
         ]
         dtypes = [jnp.asarray(u).dtype for u in leaves.of(updates)]
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
@@ -264,32 +258,34 @@ def scale_by_weyl_bound(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _linear_reference(
-    spec: MatrixSpec, now: jax.Array, initial: jax.Array, max_std: jax.typing.ArrayLike
+def _reference(
+    spec: MatrixSpec,
+    now: jax.Array,
+    initial: jax.Array,
+    growth: Growth,
+    min_std: jax.typing.ArrayLike,
+    max_std: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """The norm that counts, of which a step may be tau times, if norms shall grow linearly."""
-    reference = jnp.minimum(now, initial)
-    if not spec.reduction:
-        return reference
-    return jnp.minimum(reference, jnp.asarray(max_std, now.dtype) * _gaussian_norm(spec))
-
-
-def _gaussian_norm(spec: MatrixSpec) -> float:
-    """The norm of a Gaussian matrix of deviation 1."""
-    return sum(math.sqrt(size) for size in spec.matrix_shape)
+    """The norm for which a weight counts: tau times that is the largest norm of its step."""
+    gaussian = sum(math.sqrt(size) for size in spec.matrix_shape)  # its norm, with deviation 1
+    least, most = (jnp.asarray(std, now.dtype) * gaussian for std in (min_std, max_std))
+    reference = now
+    if growth == "linear":
+        reference = jnp.minimum(now, initial)
+        if spec.reduction:
+            reference = jnp.minimum(reference, most)
+    return jnp.maximum(reference, least)
 
 
 def _scale(
-    spec: MatrixSpec,
     reference: jax.Array,
     sigma_update: jax.Array,
     tau: jax.typing.ArrayLike,
     rate: jax.typing.ArrayLike,
-    min_std: jax.typing.ArrayLike,
 ) -> jax.Array:
     """min(1, tau reference / (rate sigma_1(U)))."""
-    tau, rate, min_std = (jnp.asarray(x, reference.dtype) for x in (tau, rate, min_std))
-    allowed = tau * jnp.maximum(reference, min_std * _gaussian_norm(spec))
+    tau, rate = (jnp.asarray(x, reference.dtype) for x in (tau, rate))
+    allowed = tau * reference
     wanted = rate * sigma_update
     # NaN is not <= anything: it passes into the scale, and so into the update.
     is_bounded = ~(wanted <= allowed)
