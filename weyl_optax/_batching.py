@@ -1,40 +1,39 @@
-"""Small problems of many leaves, as few calls on an accelerator."""
+"""Small problems of many leaves, in one call."""
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-Problem = tuple[jax.Array, ...]  # arrays of shape (b, ...)
+from weyl_optax import _sharding
+
+Problem = tuple[jax.Array, ...]  # arrays of shape (*batch, ...)
 
 
-def map_batched(fn: Callable[..., Problem], problems: Sequence[Problem]) -> list[Problem]:
-    """Calls `fn` on the arrays of every leaf.
+def map_batched(
+    fn: Callable[..., Problem], problems: Sequence[Problem], num_batch_axes: Sequence[int]
+) -> list[Problem]:
+    """Calls `fn`, which takes and gives arrays of shape (b, ...), on the arrays of every leaf.
 
-    An accelerator would be idle in calls so small: there, one call has all leaves of one size and
-    dtype. On a CPU calls are cheap, and joining costs compile time: each slice of the joined result
-    is a kernel of its own.
+    Problems so small would leave a device idle, and be compiled one by one: all of one type are
+    one call. They are joined along a new axis, so that a sharded batch axis stays where it is.
     """
-    return lax.platform_dependent(
-        problems,
-        cpu=lambda problems: [fn(*problem) for problem in problems],
-        default=lambda problems: _joined(fn, problems),
-    )
-
-
-def _joined(fn: Callable[..., Problem], problems: Sequence[Problem]) -> list[Problem]:
-    """The same, with one call for all problems that differ in b only."""
-    # The type of one problem: shape, dtype, and over which manual mesh axes it varies.
-    kinds = [jax.typeof(lax.slice_in_dim(problem[-1], 0, 1)) for problem in problems]
+    # Shape, dtype, sharding, and over which manual mesh axes it varies.
+    kinds = [
+        (rank, *map(jax.typeof, problem))
+        for problem, rank in zip(problems, num_batch_axes, strict=True)
+    ]
     results: list[Problem] = [()] * len(problems)
     for kind in dict.fromkeys(kinds):
+        rank = kind[0]
         places = [i for i, other in enumerate(kinds) if other == kind]
-        parts = [problems[i] for i in places]
-        ends = list(itertools.accumulate(len(part[0]) for part in parts))
-        outputs = fn(*map(jnp.concatenate, zip(*parts, strict=True)))
-        split = [jnp.split(y, ends[:-1]) for y in outputs]
-        for i, result in zip(places, zip(*split, strict=True), strict=True):
-            results[i] = result
+        joined = [
+            jnp.stack(parts, axis=rank)
+            for parts in zip(*(problems[i] for i in places), strict=True)
+        ]
+        batch = joined[0].shape[: rank + 1]
+        outputs = fn(*(_sharding.merge_axes(x, rank + 1) for x in joined))
+        outputs = [y.reshape(*batch, *y.shape[1:]) for y in outputs]
+        for position, i in enumerate(places):
+            results[i] = tuple(y[(slice(None),) * rank + (position,)] for y in outputs)
     return results

@@ -28,14 +28,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from weyl_optax import _lapack, _sharding
+from weyl_optax import _jacobi, _sharding
 from weyl_optax._batching import map_batched
 from weyl_optax._dimension_numbers import MatrixSpec
+from weyl_optax._rayleigh_ritz import rayleigh_ritz
 
 BLOCK_SIZE = 8  # vectors kept for each matrix
 COLD_ITERS = 16  # iterations that find a norm from a random block
 SHORT_SIDE = 16  # up to which a Gram matrix is cheaper than a search, and exact
 WEIGHT_SEED, UPDATE_SEED, FRESH_SEED = 0, 1, 2  # of new blocks, and of fresh vectors
+NUM_WINDOWS = 2**10  # of signs, after which the fresh vectors come again
 START_SIZE = 2.0**-10  # of the vectors of a new block, beside the unit vectors of a searched one
 
 Blocks: TypeAlias = Sequence[jax.Array | None]  # None for a matrix that is not searched
@@ -118,17 +120,16 @@ def updated_norms(
         The norms, as of `spectral_norms`, and the next blocks; the block of a matrix that is
         zero or not finite stays as it was.
     """
-    key = jax.random.fold_in(jax.random.key(FRESH_SEED), count)
-    signs = jax.random.rademacher(key, (_longest_side(specs),), jnp.float32)
 
-    def start(a: jax.Array, spec: MatrixSpec, v: Any, sigma: Any) -> jax.Array | None:
+    def start(i: int, a: jax.Array, spec: MatrixSpec, v: Any, sigma: Any) -> jax.Array | None:
         if v is None:
             return None
         if sigma is not None:
             v = _seed_from_rows(a, spec, v, sigma)
-        return _with_fresh_vector(v, spec, signs)
+        return _with_fresh_vector(v, spec, i, count)
 
-    starts = [start(*args) for args in zip(matrices, specs, blocks, last, strict=True)]
+    leaves = zip(matrices, specs, blocks, last, strict=True)
+    starts = [start(i, *leaf) for i, leaf in enumerate(leaves)]
     norms, found = spectral_norms(tuple(specs), matrices, starts, num_iters)
     return norms, [
         None if v is None or new is None else jnp.where(_expand(sigma > 0, v), new, v)
@@ -175,9 +176,13 @@ def _spectral_norms(
     ]
     short = [i for i, spec in enumerate(specs) if _is_short(spec)]
     grams = [_scaled_gram(leaves[i], specs[i]) for i in short]
-    largest = map_batched(lambda x: (_lapack.eigvalsh(x)[:, -1],), [(gram,) for gram, _ in grams])
+    largest = map_batched(
+        lambda gram: (_eigh(gram)[0][:, -1],),
+        [(gram,) for gram, _ in grams],
+        [len(specs[i].batch) for i in short],
+    )
     for i, (_, scale), (square,) in zip(short, grams, largest, strict=True):
-        norms[i] = scale * jnp.sqrt(jnp.maximum(square.reshape(scale.shape), 0))
+        norms[i] = scale * jnp.sqrt(jnp.maximum(square, 0))
 
     searched = [i for i, spec in enumerate(specs) if _is_searched(spec)]
     step = functools.partial(
@@ -222,9 +227,9 @@ def _derivative(
     v = _once_differentiable(_leading_vector(a, spec, block))
     vector, image = (side.replace("y", "") for side in (labels.block, labels.image))
     expression = f"{labels.leaf},{vector}->{image}"
-    u = _einsum(a, labels, expression, a, v)
+    u = _product(a, labels, lax.Precision.HIGH, expression, a, v)
     u = u * _expand(inverse, u).astype(u.dtype)
-    moved = _einsum(a, labels, expression, da, v)
+    moved = _product(a, labels, lax.Precision.HIGH, expression, da, v)
     axes = tuple(range(len(spec.batch), u.ndim))
     square = jnp.sum(jnp.real(jnp.conj(u) * u), axis=axes)
     return jnp.sum(jnp.real(jnp.conj(u) * moved), axis=axes) / jnp.where(square > 0, square, 1)
@@ -236,9 +241,15 @@ def _leading_vector(a: jax.Array, spec: MatrixSpec, block: jax.Array | None) -> 
     if block is not None:
         return lax.index_in_dim(block, -1, labels.block.index("y"), keepdims=False)
     gram, _ = _scaled_gram(a, spec)
-    vectors = _lapack.eigh(gram)[1][..., -1]
+    vectors = _eigh(gram.reshape(-1, *gram.shape[-2:]))[1][..., -1]
     sizes = dict(zip(labels.leaf, spec.shape, strict=True))
     return vectors.reshape([sizes[label] for label in labels.block.replace("y", "")])
+
+
+def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors of Hermitian matrices, shape (b, n, n)."""
+    values, vectors = _jacobi.eigh(jnp.moveaxis(gram, 0, -1))
+    return values.T, jnp.moveaxis(vectors, -1, 0)
 
 
 @jax.custom_jvp
@@ -296,11 +307,57 @@ class Labels(NamedTuple):
         return [self.leaf.index(label) if label in self.leaf else None for label in labels]
 
 
-def _einsum(a: jax.Array, labels: Labels, expression: str, *operands: jax.Array) -> jax.Array:
-    """An einsum whose result lies on the devices as the axes of the leaf `a` do."""
+def _product(
+    a: jax.Array, labels: Labels, on_tpu: lax.Precision, expression: str, *operands: jax.Array
+) -> jax.Array:
+    """An einsum of the leaf `a` with vectors, which lies on the devices as the axes of `a` do.
+
+    A TPU multiplies in bfloat16. DEFAULT is one product, with an error of 2^-9; HIGH is three, with
+    one of 2^-16. HIGHEST is six, in a program that takes twice as long to run and to compile.
+    """
+    einsum = functools.partial(_einsum, a, labels, expression)
+    return lax.platform_dependent(
+        *operands,
+        tpu=functools.partial(einsum, on_tpu),
+        default=functools.partial(einsum, lax.Precision.HIGHEST),
+    )
+
+
+def _small_product(
+    a: jax.Array, labels: Labels, expression: str, *operands: jax.Array
+) -> jax.Array:
+    """An einsum of vectors only, exact in the precision of its entries; it lies as `a` does.
+
+    On a TPU it is a sum of products, entry by entry, which compiles in a tenth of the time.
+    """
+    return lax.platform_dependent(
+        *operands,
+        tpu=functools.partial(_sum_of_products, expression),
+        default=functools.partial(_einsum, a, labels, expression, lax.Precision.HIGHEST),
+    )
+
+
+def _einsum(
+    a: jax.Array, labels: Labels, expression: str, precision: lax.Precision, *operands: jax.Array
+) -> jax.Array:
     axes = labels.axes(expression.rpartition("->")[2])
     sharding = _sharding.of_axes(a, axes)
-    return jnp.einsum(expression, *operands, precision=lax.Precision.HIGHEST, out_sharding=sharding)
+    return jnp.einsum(expression, *operands, precision=precision, out_sharding=sharding)
+
+
+def _sum_of_products(expression: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """An einsum of two operands, without a matrix product."""
+    operands, _, out = expression.partition("->")
+    x_labels, y_labels = operands.split(",")
+    every = out + "".join(sorted({*x_labels, *y_labels} - {*out}))
+
+    def spread(operand: jax.Array, labels: str) -> jax.Array:
+        order = [labels.index(label) for label in every if label in labels]
+        missing = [axis for axis, label in enumerate(every) if label not in labels]
+        return jnp.expand_dims(jnp.transpose(operand, order), missing)
+
+    summed = tuple(range(len(out), len(every)))
+    return jnp.sum(spread(x, x_labels) * spread(y, y_labels), axis=summed)
 
 
 def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
@@ -321,7 +378,7 @@ def _vector_norm(a: jax.Array, spec: MatrixSpec) -> jax.Array:
 
 
 def _scaled_gram(a: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
-    """The Gram matrices of the short side, (b, n, n), and by what their matrices were divided."""
+    """The Gram matrices of the short side, (*batch, n, n), and by what the leaf was divided."""
     labels, size = Labels.of(spec), min(spec.matrix_shape)
     a, scale = _scaled(a, spec.matrix_axes)
     a = jnp.where(jnp.isfinite(jnp.expand_dims(scale, spec.matrix_axes)), a, 0)
@@ -335,7 +392,7 @@ def _scaled_gram(a: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
         # No mesh axis can shard both copies of the side.
         out_sharding=_sharding.of_axes(a, [*spec.batch, *[None] * (2 * len(side))]),
     )
-    return _sharding.replicate(gram).reshape(-1, size, size), scale
+    return gram.reshape(*scale.shape, size, size), scale
 
 
 def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Array) -> jax.Array:
@@ -367,14 +424,21 @@ def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Arra
     return v + jnp.where(unseen, jnp.asarray(START_SIZE, v.dtype) * rows, 0)
 
 
-def _with_fresh_vector(v: jax.Array, spec: MatrixSpec, signs: jax.Array) -> jax.Array:
-    """The block with random signs in place of its least vector, the first."""
-    labels = Labels.of(spec)
-    axis = labels.block.index("y")
+def _with_fresh_vector(v: jax.Array, spec: MatrixSpec, place: int, count: jax.Array) -> jax.Array:
+    """The block with random signs in place of its least vector, the first.
+
+    They are a window of a constant, which moves on from update to update. Every leaf, known by
+    its place in the list, has its own: one for all would lie on the devices as one leaf wants it.
+    """
+    axis = Labels.of(spec).block.index("y")
     sizes = [size if i >= len(spec.batch) else 1 for i, size in enumerate(v.shape)]
     sizes[axis] = 1
     length = math.prod(sizes)
-    fresh = (signs[:length] / math.sqrt(length)).astype(v.dtype).reshape(sizes)
+    rng = np.random.default_rng([FRESH_SEED, place])
+    constant = 2 * rng.integers(0, 2, length + NUM_WINDOWS) - 1
+    start = jnp.remainder(count, NUM_WINDOWS)
+    signs = lax.dynamic_slice(jnp.asarray(constant, jnp.int8), (start,), (length,))
+    fresh = (signs.astype(v.dtype) / math.sqrt(length)).reshape(sizes)
     is_first = lax.broadcasted_iota(
         jnp.int32, [BLOCK_SIZE if i == axis else 1 for i in range(v.ndim)], axis
     )
@@ -389,19 +453,17 @@ def _iteration(
     for a, label, v in zip(leaves, labels, blocks, strict=True):
         r, z, factor = _products(a, label, v)
         products.append(z)
-        grams = _gram(a, label, label.image, r), _gram(a, label, label.block, z)
-        small.append(tuple(_flat(x, len(label.batch)) for x in (factor, *grams)))
+        small.append((factor, _gram(a, label, label.image, r), _gram(a, label, label.block, z)))
 
-    solved = map_batched(_rayleigh_ritz, small)
+    solved = map_batched(rayleigh_ritz, small, [len(label.batch) for label in labels])
     norms, next_blocks = [], []
     for a, v, z, label, solution in zip(leaves, blocks, products, labels, solved, strict=True):
-        batch = v.shape[: len(label.batch)]
         sigma, rotation, nonzero = (
-            _sharding.reshard_as(a, x.reshape(*batch, *x.shape[1:]), label.axes(label.batch))
-            for x in solution
+            _sharding.reshard_as(a, x, label.axes(label.batch)) for x in solution
         )
+        rotation, nonzero = rotation[..., -BLOCK_SIZE:], nonzero[..., -BLOCK_SIZE:]
         mix = f"{label.block},{label.batch}yz->{label.block.replace('y', 'z')}"
-        rotated = _einsum(a, label, mix, z, rotation)
+        rotated = _small_product(a, label, mix, z, rotation)
         # A direction in which A is zero gives no vector: the one that was there stays.
         axes = [axis for axis in range(v.ndim) if label.block[axis] not in label.batch + "y"]
         next_blocks.append(jnp.where(jnp.expand_dims(nonzero, axes), rotated, v))
@@ -416,65 +478,26 @@ def _products(a: jax.Array, labels: Labels, v: jax.Array) -> tuple[jax.Array, ja
     underflows.
     """
     y = labels.image.index("y")
-    r = _einsum(a, labels, f"{labels.leaf},{labels.block}->{labels.image}", a, v)
+    # What follows is exact for the R that there is.
+    r = _product(
+        a, labels, lax.Precision.DEFAULT, f"{labels.leaf},{labels.block}->{labels.image}", a, v
+    )
     r, largest = _scaled(r, [i for i in range(len(labels.batch), r.ndim) if i != y])
     fresh = lax.slice_in_dim(r, 0, 1, axis=y)
     r = lax.concatenate([fresh * (jnp.abs(fresh) ** 4).astype(r.dtype), r], y)
     factor = jnp.max(largest, axis=-1)
-    z = _einsum(a, labels, f"{labels.image},{labels.leaf}->{labels.block}", jnp.conj(r), a)
+    z = _product(
+        a,
+        labels,
+        lax.Precision.HIGH,
+        f"{labels.image},{labels.leaf}->{labels.block}",
+        jnp.conj(r),
+        a,
+    )
     return r, jnp.conj(z) / _expand(jnp.where(factor > 0, factor, 1), z).astype(z.dtype), factor
 
 
 def _gram(a: jax.Array, labels: Labels, x_labels: str, x: jax.Array) -> jax.Array:
     """X^H X, shape (*batch, k, k)."""
     expression = f"{x_labels},{x_labels.replace('y', 'z')}->{labels.batch}yz"
-    return _einsum(a, labels, expression, jnp.conj(x), x)
-
-
-def _flat(x: jax.Array, batch: int) -> jax.Array:
-    """The batch axes as one, on every device."""
-    return _sharding.replicate(x).reshape(-1, *x.shape[batch:])
-
-
-def _rayleigh_ritz(
-    factor: jax.Array, gram_r: jax.Array, gram_z: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    r"""The Rayleigh-Ritz step of a block.
-
-    With :math:`R^H R = Q S^2 Q^H`, the columns of :math:`R Q S^{-1}` are an
-    orthonormal basis of the span of :math:`R`, and :math:`Y = Z Q S^{-1}` is
-    :math:`A^H` on it. With :math:`Y^H Y = P T^2 P^H`, the largest :math:`\|A^H x\|`
-    of a unit vector :math:`x` in that span is :math:`T_1`, and the next block is
-    :math:`Y P T^{-1}`, again orthonormal, less its least vectors. A direction of :math:`R` that
-    depends on others, :math:`S_i = 0`, gives no vector.
-
-    Args:
-        factor: By which :math:`Z` was divided, shape (b,).
-        gram_r: :math:`R^H R`, shape (b, k, k).
-        gram_z: :math:`Z^H Z`, shape (b, k, k).
-
-    Returns:
-        :math:`T_1` of the undivided :math:`A`, shape (b,), NaN if something is not finite;
-        `rotation`, shape (b, k, BLOCK_SIZE): the next block is `Z rotation`; and which of its
-        vectors are nonzero, shape (b, BLOCK_SIZE).
-    """
-    k, eps = gram_r.shape[-1], jnp.finfo(gram_r.dtype).eps
-    finite = jnp.isfinite(factor) & jnp.isfinite(gram_z).all((-1, -2))
-    gram_r, gram_z = (jnp.where(finite[:, None, None], x, 0) for x in (gram_r, gram_z))
-    s2, q = _lapack.eigh(gram_r)  # ascending
-    nonzero = s2 > k * eps * s2[:, -1:]
-
-    def columns_over_root(x: jax.Array, squares: jax.Array) -> jax.Array:
-        """X D^(-1/2), without the columns that are zero."""
-        inverse = jnp.where(nonzero, lax.rsqrt(jnp.where(nonzero, squares, 1)), 0)
-        return x * inverse[:, None, :].astype(x.dtype)
-
-    def product(expression: str, *operands: jax.Array) -> jax.Array:
-        return jnp.einsum(expression, *operands, precision=lax.Precision.HIGHEST)
-
-    y = columns_over_root(q, s2)
-    t2, p = _lapack.eigh(product("bji,bjk,bkl->bil", jnp.conj(y), gram_z, y))
-    t2 = jnp.maximum(t2, eps * t2[:, -1:])
-    rotation = columns_over_root(product("bij,bjk->bik", y, p), t2)
-    sigma = jnp.where(finite, factor * jnp.sqrt(t2[:, -1]), jnp.nan)
-    return sigma, rotation[..., -BLOCK_SIZE:], nonzero[:, -BLOCK_SIZE:]
+    return _small_product(a, labels, expression, jnp.conj(x), x)

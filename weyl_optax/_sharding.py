@@ -43,6 +43,16 @@ def reshard_as(a: Any, x: jax.Array, axes: Sequence[int | None]) -> jax.Array:
     return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
+def merge_axes(x: jax.Array, num_axes: int) -> jax.Array:
+    """The first axes of `x` as one. The first of them may be sharded, the others are gathered."""
+    shape = (-1, *x.shape[num_axes:])
+    sharding = of_axes(x, [0, *[None] * (x.ndim - 1)])
+    if sharding is None:
+        return x.reshape(shape)
+    merged = of_axes(x, [0, *[None] * (x.ndim - num_axes)])
+    return jnp.reshape(jax.sharding.reshard(x, sharding), shape, out_sharding=merged)
+
+
 def replicate(x: jax.Array) -> jax.Array:
     """`x` on every device."""
     return reshard_as(x, x, [None] * x.ndim)

@@ -1,4 +1,3 @@
-import re
 import string
 
 import hypothesis.strategies as st
@@ -11,8 +10,7 @@ from hypothesis import given, settings
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax import scale_by_weyl_bound, spectral_norm
-from weyl_optax._batching import _joined
-from weyl_optax._block_iteration import Labels, _rayleigh_ritz
+from weyl_optax._block_iteration import Labels, _sum_of_products
 from weyl_optax._dimension_numbers import resolve_dimension_numbers
 
 
@@ -117,22 +115,6 @@ def _flat(jaxpr):
             yield from _flat(inner.jaxpr)
 
 
-@pytest.mark.parametrize(
-    ("shape", "size", "most"), [((150, 9, 8), 8, 32), ((150, 30, 20), 9, 22), ((50, 16, 40), 16, 4)]
-)
-def test_many_matrices_go_through_lapack_in_small_parts(shape, size, most):
-    # A batch of 79 or more (of 8 by 8) would be spread over threads, and could wait for another.
-    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    found = jax.jit(spectral_norm).lower(x)
-    pattern = rf"lapack_ssyevd_ffi.*?\(tensor<(\d+)x{size}x{size}xf32>\)"
-    batches = re.findall(pattern, found.as_text())
-    assert batches
-    assert max(map(int, batches)) <= most
-    np.testing.assert_allclose(
-        found.compile()(x), np.linalg.norm(np.float64(x), 2, axis=(1, 2)), rtol=1e-5
-    )
-
-
 @pytest.mark.parametrize("side", [2, 16])
 def test_a_short_side_is_exact_in_one_iteration(side):
     x = np.random.default_rng(0).normal(size=(3, side, 70)).astype(np.float32)
@@ -141,24 +123,27 @@ def test_a_short_side_is_exact_in_one_iteration(side):
         np.testing.assert_allclose(found, np.linalg.norm(np.float64(a), 2, axis=(1, 2)), rtol=1e-6)
 
 
-def test_small_problems_joined_or_apart_are_the_same():
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_small_problems_of_all_leaves_are_solved_at_once_and_by_no_library(platform):
+    def lowered(num_leaves):
+        tree = {str(i): jnp.ones((24, i + 20)) for i in range(num_leaves)}
+        tree |= {f"short{i}": jnp.ones((12, i + 20)) for i in range(num_leaves)}
+        solver = scale_by_weyl_bound()
+        traced = jax.jit(solver.update).trace(tree, solver.init(tree), tree)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    one, five = lowered(1), lowered(5)
+    assert one.count("stablehlo.while") == five.count("stablehlo.while")
+    assert "custom_call" not in five
+
+
+@pytest.mark.parametrize("expression", ["ayc,ayc->ay", "aby,abz->ayz", "bcy,byz->bcz"])
+def test_products_without_a_matrix_product(expression):
+    sizes = {"a": 3, "b": 4, "c": 5, "y": 6, "z": 7}
     rng = np.random.default_rng(0)
-    problems = []
-    for size in (2, 5, 1):
-        r, z = rng.normal(size=(2, size, 20, 8)).astype(np.float32)
-        grams = (jnp.asarray(np.swapaxes(x, 1, 2) @ x) for x in (r, z))
-        problems.append((jnp.arange(1.0, size + 1), *grams))
-    apart = [_rayleigh_ritz(*problem) for problem in problems]
-    joined = _joined(_rayleigh_ritz, problems)
-    assert [len(sigma) for sigma, _, _ in joined] == [2, 5, 1]
-    for one, other in zip(jax.tree.leaves(apart), jax.tree.leaves(joined), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5)
-
-
-def test_an_accelerator_solves_the_small_problems_of_all_leaves_at_once():
-    tree = {str(i): jnp.ones((i + 2, 24, 20)) for i in range(5)}
-    solver = scale_by_weyl_bound()
-    traced = jax.jit(solver.update).trace(tree, solver.init(tree), tree)
-    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
-    batches = re.findall(r"cusolver_syevd_ffi.*?\(tensor<(\d+)x9x9xf32>\)", lowered)
-    assert batches == ["40"]  # one function, called for R^H R and for Z^H Z
+    operands = [
+        rng.normal(size=[sizes[label] for label in labels])
+        for labels in expression.partition("->")[0].split(",")
+    ]
+    found = _sum_of_products(expression, *map(jnp.asarray, operands))
+    np.testing.assert_allclose(found, np.einsum(expression, *operands), rtol=1e-5, atol=1e-5)
