@@ -31,7 +31,6 @@ def join(flags: Flags) -> None:
         if flags.num_processes is not None or flags.process_id is not None:
             raise ValueError("--num-processes and --process-id go with --coordinator host:port.")
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take our SIGTERM
     address = None if flags.coordinator == "auto" else flags.coordinator
     try:
         jax.distributed.initialize(address, flags.num_processes, flags.process_id)

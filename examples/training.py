@@ -352,7 +352,11 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    # The handler is None where JAX, in several processes, has set one of its own.
+    before = {
+        number: signal.signal(number, receive) or signal.SIG_DFL
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         # Each process asks at each step, so that all stop at the same one.
         yield lambda: bool(multihost_utils.process_allgather(np.array(bool(received))).any())
