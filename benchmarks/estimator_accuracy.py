@@ -103,11 +103,11 @@ def run(model: nano.Nano, steps: int) -> Iterator[Step]:
         bound,
         optax.scale_by_learning_rate(rate),
     )
-    _, state, update = training.start(task.model, task.loss, optimizer, config.accumulate)
+    _, state, update = training.start(task.model, task.loss, optimizer)
     with contextlib.closing(task.batches):
         for step in tqdm(range(steps), mininterval=10):
             weights = matrices(state["params"], numbers)
-            state, _ = update(state, next(task.batches))
+            state, _ = update(state, training.next_batch(task, config.accumulate))
             recorded = jax.device_get(state["opt_state"][2])
             found = jax.device_get(bound_metrics(state["opt_state"]))
             yield Step(

@@ -75,10 +75,10 @@ class Training:
 
     def __init__(self, task: Task, make_optimizer: Callable[[Any], optax.GradientTransformation]):
         optimizer = make_optimizer(nnx.to_pure_dict(dimension_numbers(task.model)))
-        self.graph, self.state, self._update = training.start(
-            task.model, task.loss, optimizer, task.accumulate
+        self.graph, self.state, self._update = training.start(task.model, task.loss, optimizer)
+        self.batch = jax.tree.map(
+            lambda x: x.reshape(task.accumulate, -1, *x.shape[1:]), task.batch
         )
-        self.batch = task.batch
 
     def step(self) -> jax.Array:
         """Takes a step.

@@ -121,7 +121,9 @@ def mix(
     cutmix: float,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mixes a batch with itself in reverse, by mixup or by CutMix, with equal probability.
+    """Mixes neighbors in a batch, by mixup or by CutMix, with equal probability.
+
+    The first with the second and so on, so that the even parts of a batch are mixed as it is.
 
     Args:
         images: uint8 (batch, height, width, channels).
@@ -133,10 +135,11 @@ def mix(
     alphas = {kind: a for kind, a in (("mixup", mixup), ("cutmix", cutmix)) if a}
     if not alphas:
         return images, targets
+    neighbors = np.minimum(np.arange(len(images)) ^ 1, len(images) - 1)
     kind = rng.choice(list(alphas))
     share = rng.beta(alphas[kind], alphas[kind])
     if kind == "mixup":
-        blend = share * images.astype(np.float32) + (1 - share) * images[::-1]
+        blend = share * images.astype(np.float32) + (1 - share) * images[neighbors]
         mixed = blend.round().astype(np.uint8)
     else:
         height, width = images.shape[1:3]
@@ -145,6 +148,6 @@ def mix(
         top, left = np.clip(center - sides // 2, 0, [height, width])
         bottom, right = np.clip(center - sides // 2 + sides, 0, [height, width])
         mixed = images.copy()
-        mixed[:, top:bottom, left:right] = images[::-1, top:bottom, left:right]
+        mixed[:, top:bottom, left:right] = images[neighbors, top:bottom, left:right]
         share = 1 - (bottom - top) * (right - left) / (height * width)
-    return mixed, (share * targets + (1 - share) * targets[::-1]).astype(np.float32)
+    return mixed, (share * targets + (1 - share) * targets[neighbors]).astype(np.float32)

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import grain
 import numpy as np
 from absl import flags
+from grain.sharding import ShardOptions
 from PIL import Image
 from tqdm import tqdm
 
-from examples import augmentation
+from examples import augmentation, shards
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
@@ -157,38 +158,42 @@ def training_batches(
     varied: Augmentation,
     seed: int,
     workers: int,
+    shard: ShardOptions = shards.ALL_ROWS,
 ) -> grain.DatasetIterator:
     """Endless batches, every epoch in an order of its own, read by worker processes.
 
     A batch is a dict of `image`, uint8 (batch, size, size, channels), and `target`, float32
     (batch, classes), the probability of each class. An image that cannot be read is black,
     its target is 0, and its file is named, once, and kept in `images.skipped`.
+
+    A shard has its rows of every batch, see `shards.batch`.
     """
     dataset = grain.MapDataset.source(images.train).seed(seed).shuffle().repeat()
     dataset = dataset.random_map(
         functools.partial(_training_example, _shape(images, size), images.are_files, varied)
     )
-    dataset = dataset.batch(batch_size).random_map(
+    dataset = shards.batch(dataset, batch_size, shard).random_map(
         functools.partial(_training_batch, len(images.classes), varied)
     )
     return iter(_read(dataset, images, images.train, workers))
 
 
 def validation_batches(
-    images: Images, size: int, batch_size: int, workers: int
+    images: Images, size: int, batch_size: int, workers: int, shard: ShardOptions = shards.ALL_ROWS
 ) -> Iterable[dict[str, np.ndarray]]:
     """All images held out, in batches of one size.
 
     A batch is a dict of `image`, uint8 (batch, size, size, channels); `label`, int32 (batch,);
     and `weight`, float32 (batch,), which is 0 for what fills the last batch up, and for images
-    that cannot be read.
+    that cannot be read. A shard has its rows of every batch.
     """
-    dataset = grain.MapDataset.source(images.validation)
-    dataset = dataset.map(
-        functools.partial(_validation_example, _shape(images, size), images.are_files)
+    number = len(images.validation)
+    filled = -(-number // batch_size) * batch_size
+    dataset = grain.MapDataset.source(images.validation).repeat()[:filled]
+    dataset = dataset.map_with_index(
+        functools.partial(_validation_example, _shape(images, size), images.are_files, number)
     )
-    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
-    return _read(dataset.batch(batch_size, batch_fn=pad), images, images.validation, workers)
+    return _read(shards.batch(dataset, batch_size, shard), images, images.validation, workers)
 
 
 def _shape(images: Images, size: int) -> tuple[int, int, int]:
@@ -213,11 +218,13 @@ def _training_example(
 
 
 def _validation_example(
-    shape: tuple[int, int, int], crop: bool, example: Example
+    shape: tuple[int, int, int], crop: bool, number: int, index: int, example: Example
 ) -> dict[str, np.ndarray]:
     if example.image is not None and crop:
         example = example._replace(image=augmentation.center_crop(example.image, shape[0]))
-    return _element(shape, example)
+    element = _element(shape, example)
+    element["weight"] *= np.float32(index < number)
+    return element
 
 
 def _element(shape: tuple[int, int, int], example: Example) -> dict[str, np.ndarray]:

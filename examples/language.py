@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from grain.sharding import ShardByJaxProcess
+from jax.experimental import multihost_utils
 
 import models.gpt
-from examples import program, training
+from examples import placement, program, training
 from examples.text_data import (
     Corpus,
     Windows,
@@ -88,6 +90,7 @@ def prepare(flags: Any) -> Corpus:
     for tokens in (corpus.train, corpus.validation):
         Windows(tokens, flags.sequence_length)
     flags.check_warmup(flags.steps)
+    program.make_mesh(flags)  # which checks the flag
     program.begin(flags)
     return corpus
 
@@ -111,15 +114,20 @@ def make_task(
     snapshot: Callable[[GPT], dict[str, jax.Array]] | None = None,
 ) -> training.Task:
     """What training a GPT with the optimizer of that name is about."""
+    rows = config.batch // config.accumulate
+    shard = ShardByJaxProcess()
+    mesh = program.make_mesh(config)
     return training.Task(
-        model=make_model(config, corpus),
-        batches=training_batches(corpus.train, config.sequence_length, config.batch, config.seed),
+        mesh=mesh,
+        model=placement.place_model(make_model(config, corpus), mesh),
+        batches=training_batches(corpus.train, config.sequence_length, rows, config.seed, shard),
         loss=next_token_loss,
         validation=validation_batches(
             corpus.validation,
             config.sequence_length,
-            config.batch // config.accumulate,
+            rows,
             config.validation_batches,
+            shard,
         ),
         evaluate=lambda model, batch: {
             "loss": next_token_loss(model, batch),
@@ -171,5 +179,7 @@ def generate(model: GPT, prompt: str, length: int, seed: int, temperature: float
 
         return jax.lax.scan(next_token, (tokens, start.size), jax.random.split(key, length))[1]
 
-    written = write(state, tokens, jax.random.key(seed))
+    written = multihost_utils.process_allgather(
+        write(state, tokens, jax.random.key(seed)), tiled=True
+    )
     return prompt + bytes(np.asarray(written, np.uint8)).decode(errors="replace")

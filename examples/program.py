@@ -13,10 +13,15 @@ import jax.numpy as jnp
 import optax
 import tyro
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from examples import optimizers, results, training
+from examples import optimizers, placement, processes, results, training
 from weyl_optax import bound_metrics, spectral_norm
 from weyl_optax.flax import dimension_numbers
+
+# Flags that say where a run is, and not what it is: they may change when it goes on.
+WHERE = {"out", "resume", "mesh", *(field.name for field in dataclasses.fields(processes.Flags))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Config(optimizers.Settings):
     """Updates between validations."""
     save_every: int = 1000
     """Updates between checkpoints; the end and Ctrl-C save too."""
+    mesh: str | None = None
+    """All devices as a mesh, data=2,fsdp=4: copies of the weights, and parts of each copy. By
+    default, data alone; in one process, on as many devices as divide --batch / --accumulate."""
     watch: int = 0
     """Updates between measurements of the paper's 15 terms in every block, 0 for none."""
 
@@ -98,14 +106,18 @@ def run(
     """Runs a program from its flags to its end, or to a line that says what to do."""
     try:
         flags = parse()
+        if isinstance(flags, processes.Flags):
+            processes.join(flags)
         data = prepare(flags)
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:
-        main(flags, data)
+        with processes.only_first_prints():
+            main(flags, data)
     except training.Stopped as stopped:
         resume = " and --resume" if hasattr(flags, "resume") else ""
-        print(f"\n{stopped}. Go on with the same command{resume}.")
+        if processes.is_first():
+            print(f"\n{stopped}. Go on with the same command{resume}.")
         sys.exit(130)
 
 
@@ -119,7 +131,7 @@ def begin(flags: Any) -> None:
         ValueError: If it would lose or mix runs.
     """
     folder, file = flags.out, flags.out / "config.json"
-    config = {k: v for k, v in dataclasses.asdict(flags).items() if k not in ("out", "resume")}
+    config = {k: v for k, v in dataclasses.asdict(flags).items() if k not in WHERE}
     config = json.loads(json.dumps(config, default=str))
     if flags.resume:
         if not file.exists():
@@ -133,8 +145,15 @@ def begin(flags: Any) -> None:
             )
     elif file.exists():
         raise ValueError(f"{folder} has a run. Go on with --resume, or give another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    multihost_utils.sync_global_devices("all have looked")
+    if processes.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The devices of a run; see `placement.make_mesh`."""
+    return placement.make_mesh(config.mesh, config.batch // config.accumulate)
 
 
 def train(name: str, config: Config, steps: int, task: training.Task, folder: Path) -> nnx.Module:
@@ -153,12 +172,17 @@ def train(name: str, config: Config, steps: int, task: training.Task, folder: Pa
 
 def train_each(flags: Any, train: Callable[[str], nnx.Module]) -> dict[str, Any]:
     """The models that `train` makes with the optimizers in `flags.runs`, by name."""
+    mesh, available = make_mesh(flags), jax.device_count()
+    if available > 1:
+        axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        print(f"{mesh.size} of {available} devices: {axes}.")
     models = {}
     for name in flags.runs:
         models[name] = train(name)
-        results.write_summary(
-            flags.out, {name: results.summarize(flags.out, name) for name in models}
-        )
+        if processes.is_first():
+            results.write_summary(
+                flags.out, {name: results.summarize(flags.out, name) for name in models}
+            )
     return models
 
 

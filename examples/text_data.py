@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
+from grain.sharding import ShardOptions
+
+from examples import shards
 
 VALIDATION_SHARE = 0.1  # of a text, its end
 GPT2_VOCAB_SIZE = 50257
@@ -104,19 +107,34 @@ class Windows(grain.sources.RandomAccessDataSource):
 
 
 def training_batches(
-    tokens: np.ndarray, length: int, batch_size: int, seed: int
+    tokens: np.ndarray,
+    length: int,
+    batch_size: int,
+    seed: int,
+    shard: ShardOptions = shards.ALL_ROWS,
 ) -> grain.DatasetIterator:
-    """Endless batches (batch_size, length + 1), every epoch in an order of its own."""
+    """Endless batches (batch_size, length + 1), every epoch in an order of its own.
+
+    A shard has its rows of every batch, see `shards.batch`.
+    """
     windows = grain.MapDataset.source(Windows(tokens, length))
     shuffled = windows.seed(seed).shuffle().repeat()
-    return iter(shuffled.batch(batch_size).to_iter_dataset())
+    return iter(shards.batch(shuffled, batch_size, shard).to_iter_dataset())
 
 
 def validation_batches(
-    tokens: np.ndarray, length: int, batch_size: int, num_batches: int
+    tokens: np.ndarray,
+    length: int,
+    batch_size: int,
+    num_batches: int,
+    shard: ShardOptions = shards.ALL_ROWS,
 ) -> list[np.ndarray]:
-    """Batches (batch_size, length + 1), always the same, from all over the tokens."""
+    """Batches (batch_size, length + 1), always the same, from all over the tokens.
+
+    A shard has its rows of every batch.
+    """
     windows = Windows(tokens, length)
     places = np.linspace(0, len(windows) - 1, num_batches * batch_size).astype(int)
     rows = np.stack([windows[i] for i in places])
-    return list(rows.reshape(num_batches, batch_size, -1))
+    shares = rows.reshape(num_batches, shard.shard_count, -1, length + 1)
+    return list(shares[:, shard.shard_index])

@@ -4,14 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from examples import language, optimizers, program, results
+from examples import language, optimizers, processes, program, results
 from examples.text_data import Corpus
 
 PresetName = Literal["nano", "gpt2-small", "gpt2-large"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(language.Config):
+class Flags(processes.Flags, language.Config):
     """Train the same GPT on the same batches with several optimizers, and compare them."""
 
     preset: PresetName = "nano"
@@ -36,7 +36,8 @@ def main(flags: Flags, corpus: Corpus) -> None:
     if "adamw2" in models and corpus.is_text:
         text = language.generate(models["adamw2"], prompt="def ", length=240, seed=flags.seed)
         print(f"\nWhat the model trained with AdamW² writes:\n\n{text}\n")
-    results.report(flags, judged_by="val_loss")
+    if processes.is_first():
+        results.report(flags, judged_by="val_loss")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from examples import optimizers, program, results, vision
+from examples import optimizers, processes, program, results, vision
 from examples.image_data import Images
 
 PresetName = Literal[
@@ -13,7 +13,7 @@ PresetName = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(vision.Config):
+class Flags(processes.Flags, vision.Config):
     """Train the same classifier on the same batches with several optimizers, and compare them."""
 
     preset: PresetName = "nano"
@@ -40,7 +40,8 @@ def main(flags: Flags, images: Images) -> None:
     program.train_each(flags, lambda name: vision.train(name, flags, images, flags.out))
     if images.skipped:
         print(f"Files that cannot be read as images, and were skipped: {len(images.skipped):,}.")
-    results.report(flags, judged_by="val_accuracy")
+    if processes.is_first():
+        results.report(flags, judged_by="val_accuracy")
 
 
 if __name__ == "__main__":

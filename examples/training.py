@@ -18,10 +18,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from examples import optimizers
+from examples import optimizers, placement, processes
 from weyl_optax.dynamics import watch
 
 
@@ -29,10 +32,11 @@ from weyl_optax.dynamics import watch
 class Task:
     """What is trained, and on what."""
 
-    model: nnx.Module
-    batches: grain.DatasetIterator
+    mesh: Mesh
+    model: nnx.Module  # on the mesh
+    batches: grain.DatasetIterator  # micro-batches, of which each process has its rows
     loss: Callable[[nnx.Module, Any], jax.Array]  # of a batch
-    validation: Iterable[Any]  # batches
+    validation: Iterable[Any]  # batches, of which each process has its rows
     evaluate: Callable[[nnx.Module, Any], dict[str, jax.Array]]  # sums over a batch, and "count"
     observe: Callable[[nnx.Module, optax.OptState], dict[str, jax.Array]]  # at logged steps
     snapshot: Callable[[nnx.Module], dict[str, jax.Array]] | None = None  # at watched steps
@@ -67,39 +71,52 @@ def train(
     It starts from the newest checkpoint, if `folder` has one, and writes there:
     `metrics.jsonl`, in which each logged step is a line with this `run`;
     `checkpoints/<name>`; `tensorboard/<name>`; and `snapshots/<name>/<step>.npz`. A loss
-    that is not finite ends the run.
+    that is not finite ends the run. Several processes train together, and share the folder:
+    they write a checkpoint together, and the first one all else.
 
     Raises:
-        Stopped: After Ctrl-C, with everything saved.
+        Stopped: After Ctrl-C, in any process, with everything saved.
     """
-    graph, state, update = start(task.model, task.loss, optimizer, plan.accumulate)
+    loss_fn = placement.spread_rows(task.loss, task.mesh)
+    graph, state, update = start(task.model, loss_fn, optimizer)
     validate = _make_validate(graph, task)
+    everywhere = NamedSharding(task.mesh, P())  # so that each process can read it
 
     def merge(state: dict[str, Any]) -> nnx.Module:
         return nnx.merge(graph, state["params"], state["rest"])
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def observe(state: dict[str, Any]) -> dict[str, jax.Array]:
         return task.observe(merge(state), state["opt_state"])
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def measure(state: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
-        part = jax.tree.map(lambda x: x[: len(x) // plan.accumulate], batch)
-        terms = watch(merge(state), part, task.loss)
+        terms = watch(merge(state), jax.tree.map(lambda x: x[0], batch), loss_fn)
         return {f"watch/{name}": value for name, value in terms.items()}
 
-    snapshot = jax.jit(lambda state: task.snapshot(merge(state)))
+    snapshot = jax.jit(lambda state: task.snapshot(merge(state)), out_shardings=everywhere)
 
     with (
         contextlib.closing(task.batches),
-        Recorder(folder, name) as recorder,
+        Recorder(folder, name, task.mesh) as recorder,
         _stop_signal() as stopped,
     ):
         step, state = recorder.restore(state, task.batches)
-        bar = tqdm(total=plan.steps, initial=step, desc=name, unit="step", dynamic_ncols=True)
+        if 0 < step < plan.steps:
+            same = recorder.has_devices_of(step)
+            how = "on the same mesh, to the bit" if same else "on another mesh, up to rounding"
+            tqdm.write(f"{name} goes on after step {step} {how}.")
+        bar = tqdm(
+            total=plan.steps,
+            initial=step,
+            desc=name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not processes.is_first(),
+        )
         stopwatch = _Stopwatch()
         while step < plan.steps and not recorder.diverged:
-            batch = next(task.batches)
+            batch = next_batch(task, plan.accumulate)
             step += 1
             last = step == plan.steps
             terms = {}
@@ -126,46 +143,62 @@ def train(
                     metrics |= validate(state)
                 recorder.write(step, metrics)
                 stopwatch.restart(step)
-            if step % plan.save_every == 0 or last or recorder.diverged or stopped():
+            stop = stopped()
+            if step % plan.save_every == 0 or last or recorder.diverged or stop:
                 recorder.save(step, state, task.batches)
                 stopwatch.restart(step)
-            if stopped() and not last:
+            if stop and not last:
                 bar.close()
                 raise Stopped(f"{name} is saved at step {step}")
         bar.close()
     return merge(state)
 
 
+def next_batch(task: Task, accumulate: int) -> Any:
+    """The next batch, (micro-batches, rows, ...), with the rows over all devices."""
+    parts = [next(task.batches) for _ in range(accumulate)]
+    batch = jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+    return placement.place_batch(batch, task.mesh, P(None, *placement.ROWS))
+
+
 def start(
-    model: nnx.Module, loss: Callable, optimizer: optax.GradientTransformation, accumulate: int
+    model: nnx.Module, loss: Callable, optimizer: optax.GradientTransformation
 ) -> tuple[nnx.GraphDef, dict[str, Any], Callable]:
     """What a training begins with.
 
     Returns:
         The graph of the model, the state, and `update(state, batch) -> (state, loss)`: a step
-        of the optimizer on a batch, gone through in `accumulate` parts. It donates the state.
+        of the optimizer on a batch, (micro-batches, rows, ...). It donates the state. Params
+        and moments stay where the leaves of the model lie.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.as_pure(params), nnx.as_pure(rest)
-    state = {"params": params, "rest": rest, "opt_state": jax.jit(optimizer.init)(params)}
+    opt_state = jax.jit(
+        optimizer.init, out_shardings=placement.opt_state_shardings(optimizer, params)
+    )(params)
+    state = {"params": params, "rest": rest, "opt_state": opt_state}
+    shardings = jax.tree.map(lambda x: x.sharding, state)
 
     def loss_fn(params: Any, rest: Any, batch: Any) -> tuple[jax.Array, Any]:
         model = nnx.merge(graph, params, rest)
         value = loss(model, batch)
         return value, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def update(state: dict[str, Any], batch: Any) -> tuple[dict[str, Any], jax.Array]:
         params = state["params"]
 
         def add_part(carry: Any, part: Any) -> tuple[Any, None]:
             total, grads, rest = carry
             (value, rest), new = jax.value_and_grad(loss_fn, has_aux=True)(params, rest, part)
-            return (total + value, jax.tree.map(jnp.add, grads, new), rest), None
+            grads = jax.lax.with_sharding_constraint(
+                jax.tree.map(jnp.add, grads, new), shardings["params"]
+            )
+            return (total + value, grads, rest), None
 
-        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
         start = (jnp.zeros([]), jax.tree.map(jnp.zeros_like, params), state["rest"])
-        (total, grads, rest), _ = jax.lax.scan(add_part, start, parts)
+        (total, grads, rest), _ = jax.lax.scan(add_part, start, batch)
+        accumulate = len(jax.tree.leaves(batch)[0])
         grads = jax.tree.map(lambda g: g / accumulate, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         params = optax.apply_updates(params, updates)
@@ -176,16 +209,20 @@ def start(
 
 def _make_validate(graph: nnx.GraphDef, task: Task) -> Callable[[dict[str, Any]], dict[str, float]]:
     """The means over the validation batches, without dropout, as `val_<name>`."""
+    evaluate_batch = placement.spread_rows(task.evaluate, task.mesh)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(task.mesh, P()))
     def evaluate(state: dict[str, Any], batch: Any) -> dict[str, jax.Array]:
         params = optimizers.evaluation_params(state["params"], state["opt_state"])
         model = nnx.merge(graph, params, state["rest"])
         model.eval()
-        return task.evaluate(model, batch)
+        return evaluate_batch(model, batch)
 
     def validate(state: dict[str, Any]) -> dict[str, float]:
-        sums = [jax.device_get(evaluate(state, batch)) for batch in task.validation]
+        batches = (
+            placement.place_batch(batch, task.mesh, placement.ROWS) for batch in task.validation
+        )
+        sums = [jax.device_get(evaluate(state, batch)) for batch in batches]
         total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
         count = total.pop("count")
         return {f"val_{name}": value / count for name, value in total.items()}
@@ -196,7 +233,7 @@ def _make_validate(graph: nnx.GraphDef, task: Task) -> Callable[[dict[str, Any]]
 class Recorder:
     """What a run leaves on disk."""
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, folder: Path, name: str, mesh: Mesh):
         self._file = folder / "metrics.jsonl"
         self._snapshots = folder / "snapshots" / name
         self._name = name
@@ -204,8 +241,12 @@ class Recorder:
             (folder / "checkpoints" / name).absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False),
         )
-        self._board = SummaryWriter(str(folder / "tensorboard" / name))
-        self.diverged = any(line["loss"] is None for line in read_metrics(folder, name))
+        self._devices = {"mesh": dict(mesh.shape), "processes": jax.process_count()}
+        self._board = SummaryWriter(
+            str(folder / "tensorboard" / name), write_to_disk=processes.is_first()
+        )
+        diverged = any(line["loss"] is None for line in read_metrics(folder, name))
+        self.diverged = bool(multihost_utils.broadcast_one_to_all(np.array(diverged)))
 
     def __enter__(self) -> "Recorder":
         return self
@@ -230,11 +271,17 @@ class Recorder:
             state = saved["state"]
             batches.set_state(saved["batches"])
         step = step or 0
+        if not processes.is_first():
+            return step, state
         lines = _read_lines(self._file)
         kept = [line for line in lines if line["run"] != self._name or line["step"] <= step]
         if len(kept) < len(lines):
             self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         return step, state
+
+    def has_devices_of(self, step: int) -> bool:
+        """Whether the checkpoint of a step comes from as many devices, placed alike."""
+        return self._checkpoints.metadata(step).custom_metadata == self._devices
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
         self._checkpoints.save(
@@ -242,20 +289,25 @@ class Recorder:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(batches.get_state())
             ),
+            custom_metadata=self._devices,
         )
 
     def save_snapshot(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        if not processes.is_first():
+            return
         self._snapshots.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(self._snapshots / f"{step}.npz", **jax.device_get(arrays))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds a line, with null for what is not finite."""
+        self.diverged = not math.isfinite(metrics["loss"])
+        if not processes.is_first():
+            return
         line = {"run": self._name, "step": step}
         for key, value in metrics.items():
             line[key] = jax.tree.map(_finite_or_none, np.asarray(value, float).tolist())
             for place, scalar in np.ndenumerate(value):
                 self._board.add_scalar("/".join([key, *map(str, place)]), float(scalar), step)
-        self.diverged = line["loss"] is None
         with self._file.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -293,16 +345,21 @@ class _Stopwatch:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Tells whether Ctrl-C was pressed or SIGTERM came; a second one is not held back."""
+    """Tells whether Ctrl-C or SIGTERM came to any process; a second one is not held back."""
     received = []
 
     def receive(number: int, _: object) -> None:
         received.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    # The handler is None where JAX, in several processes, has set one of its own.
+    before = {
+        number: signal.signal(number, receive) or signal.SIG_DFL
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield lambda: bool(received)
+        # Each process asks at each step, so that all stop at the same one.
+        yield lambda: bool(multihost_utils.process_allgather(np.array(bool(received))).any())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

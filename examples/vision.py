@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from grain.sharding import ShardByJaxProcess
 
 import models.swin
 import models.vit
-from examples import program, training
+from examples import placement, program, training
 from examples.image_data import (
     Augmentation,
     Images,
@@ -137,6 +138,7 @@ def prepare(flags: Any) -> Images:
     """
     images = load_images(flags.data, SIZES[flags.model].num_channels)
     flags.check_warmup(num_steps(flags, images))
+    program.make_mesh(flags)  # which checks the flag
     program.begin(flags)
     return images
 
@@ -171,7 +173,10 @@ def make_task(
     snapshot: Callable[[ViT | Swin], dict[str, jax.Array]] | None = None,
 ) -> training.Task:
     """What training a classifier with the optimizer of that name is about."""
-    model = make_model(config, images)
+    rows = config.batch // config.accumulate
+    shard = ShardByJaxProcess()
+    mesh = program.make_mesh(config)
+    model = placement.place_model(make_model(config, images), mesh)
     size = model.config.image_size
 
     def logits(model: ViT | Swin, pixels: jax.Array) -> jax.Array:
@@ -192,11 +197,12 @@ def make_task(
         }
 
     return training.Task(
+        mesh=mesh,
         model=model,
         batches=training_batches(
             images,
             size,
-            config.batch,
+            rows,
             Augmentation(
                 config.rand_augment,
                 config.random_erasing,
@@ -206,11 +212,10 @@ def make_task(
             ),
             config.seed,
             config.workers,
+            shard,
         ),
         loss=loss,
-        validation=validation_batches(
-            images, size, config.batch // config.accumulate, config.workers
-        ),
+        validation=validation_batches(images, size, rows, config.workers, shard),
         evaluate=evaluate,
         observe=program.observe(name, _stacks),
         snapshot=snapshot,

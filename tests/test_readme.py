@@ -3,17 +3,24 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = [
+    pytest.param(name, block, id=f"{name}-{i}")
+    for name in ("README.md", "docs/many_devices.md")
+    for i, block in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    )
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_block_runs(block):
-    exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize(("name", "block"), BLOCKS)
+def test_block_runs(name, block):
+    exec(compile(block, name, "exec"), {})
 
 
 def test_pictures_are_there():
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", README)
     assert pictures
     for picture in pictures:
-        assert (Path(__file__).parent.parent / picture).is_file()
+        assert (ROOT / picture).is_file()

@@ -2,6 +2,7 @@ import itertools
 
 import numpy as np
 import pytest
+from grain.sharding import ShardOptions
 from PIL import Image
 
 from examples import augmentation
@@ -34,6 +35,26 @@ def test_an_epoch_has_every_image_once_and_the_iterator_can_be_saved():
     fresh.set_state(state)
     for key, value in next(fresh).items():
         np.testing.assert_array_equal(value, expected[key])
+
+
+def test_shards_put_together_are_the_whole_batches():
+    images = load_images(None, 1)
+    varied = Augmentation(random_erasing=0.5, mixup=0.8, cutmix=1.0)
+
+    def batches(make, *arguments):
+        whole = itertools.islice(make(*arguments), 4)
+        shards = [
+            itertools.islice(make(*arguments, ShardOptions(index, 2)), 4) for index in range(2)
+        ]
+        return zip(whole, *shards, strict=True)
+
+    for found in (
+        batches(training_batches, images, 8, 8, varied, 0, 1),
+        batches(validation_batches, images, 8, 100, 1),
+    ):
+        for whole, *shards in found:
+            for key, value in whole.items():
+                np.testing.assert_array_equal(np.concatenate([s[key] for s in shards]), value)
 
 
 def test_targets_have_the_labels_and_smoothing():
@@ -185,8 +206,8 @@ def test_random_erasing_puts_noise_into_one_rectangle():
 def test_mixing_shares_pixels_and_targets_alike(mixup, cutmix):
     rng = np.random.default_rng(0)
     images = np.zeros((4, 16, 16, 1), np.uint8)
-    images[:2] = 200
-    targets = np.float32([[1, 0], [1, 0], [0, 1], [0, 1]])
+    images[::2] = 200
+    targets = np.float32([[1, 0], [0, 1], [1, 0], [0, 1]])
     kinds = set()
     for _ in range(40):
         mixed, soft = augmentation.mix(images, targets, mixup, cutmix, rng)

@@ -2,7 +2,9 @@ import itertools
 
 import numpy as np
 import pytest
+from grain.sharding import ShardOptions
 
+from examples.shards import ALL_ROWS
 from examples.text_data import Windows, load_corpus, training_batches, validation_batches
 
 
@@ -80,6 +82,22 @@ def test_the_seed_orders_the_batches_and_the_iterator_can_be_saved():
     fresh = training_batches(tokens, 4, 8, seed=0)
     fresh.set_state(state)
     np.testing.assert_array_equal([next(fresh) for _ in range(3)], expected)
+
+
+def test_shards_put_together_are_the_whole_batches_at_the_same_place():
+    tokens = np.arange(1000)
+    shards = [ShardOptions(index, 2) for index in range(2)]
+    whole, *parts = (training_batches(tokens, 4, 8, 0, shard) for shard in (ALL_ROWS, *shards))
+    for _ in range(70):  # more than two epochs
+        np.testing.assert_array_equal(np.concatenate([next(p) for p in parts]), next(whole))
+    assert whole.get_state() == parts[0].get_state() == parts[1].get_state()
+    whole, *parts = (validation_batches(tokens, 4, 6, 3, shard) for shard in (ALL_ROWS, *shards))
+    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+def test_batches_of_one_are_endless_too():
+    epochs = itertools.islice(training_batches(np.arange(9), 4, 1, seed=0), 6)
+    np.testing.assert_array_equal(np.sort([int(b[0, 0]) for b in epochs]), [0, 0, 0, 4, 4, 4])
 
 
 def test_validation_batches_come_from_all_over():

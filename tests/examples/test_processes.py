@@ -1,0 +1,108 @@
+"""Two processes, against one."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from examples import language, processes, train_gpt, training
+
+FLAGS = (
+    "--runs adamw2 --steps 24 --warmup 3 --batch 8 --accumulate 2 --sequence-length 16 "
+    "--dropout 0.1 --log-every 2 --validate-every 10 --validation-batches 1"
+).split()
+
+# Sends SIGTERM to the second process alone, once the loss of step 20 is logged.
+PROGRAM = """
+import os, signal
+from examples import language, processes, program, train_gpt, training
+
+write = training.Recorder.write
+
+def stop(recorder, step, metrics):
+    write(recorder, step, metrics)
+    if step == 20 and not processes.is_first():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+training.Recorder.write = stop
+program.run(train_gpt.parse, language.prepare, train_gpt.main)
+"""
+
+
+def run(out, *flags):
+    flags = train_gpt.parse([*FLAGS, "--out", str(out), *flags])
+    train_gpt.main(flags, language.prepare(flags))
+
+
+def start_two(out, *flags):
+    """Two processes of two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    devices = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    flags = [*FLAGS, "--out", str(out), *flags, "--coordinator", coordinator]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *flags, "--num-processes", "2", "--process-id", str(i)],
+            env=os.environ | {"XLA_FLAGS": devices},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a run of two processes that was stopped, and what they printed."""
+    out = tmp_path_factory.mktemp("two") / "out"
+    pair = start_two(out, "--mesh", "data=2,fsdp=2")
+    said = [process.communicate(timeout=500) for process in pair]
+    assert [process.returncode for process in pair] == [130, 130], said
+    return out, [text for text, _ in said]
+
+
+def test_two_processes_have_the_losses_of_one_and_go_on_as_one(stopped, tmp_path, capsys):
+    out = shutil.copytree(stopped[0], tmp_path / "two")
+    two = training.read_metrics(out, "adamw2")
+    assert [line["step"] for line in two] == [1, *range(2, 21, 2)]
+    run(tmp_path / "one")
+    one = training.read_metrics(tmp_path / "one", "adamw2")
+    capsys.readouterr()
+    run(out, "--resume")
+    assert "goes on after step 20 on another mesh, up to rounding" in capsys.readouterr().out
+    resumed = training.read_metrics(out, "adamw2")
+    assert resumed[: len(two)] == two
+    assert [line["step"] for line in resumed] == [line["step"] for line in one]
+    for a, b in zip(resumed, one, strict=True):
+        assert a.keys() | {"steps_per_second"} == b.keys() | {"steps_per_second"}
+        for key in ("loss", "val_loss", "qk_sigma"):
+            np.testing.assert_allclose(a.get(key, 0), b.get(key, 0), rtol=1e-4)
+
+
+def test_the_first_process_speaks_and_writes_alone(stopped):
+    out, (first, second) = stopped
+    assert "4 of 4 devices: data=2, fsdp=2." in first
+    assert "adamw2 is saved at step 20. Go on with the same command and --resume." in first
+    assert not [line for line in second.splitlines() if line and "Gloo" not in line]
+    assert len(list((out / "tensorboard" / "adamw2").glob("events*"))) == 1
+    assert json.loads((out / "config.json").read_text())["steps"] == 24
+
+
+def test_flags_that_do_not_fit_are_errors():
+    with pytest.raises(ValueError, match="go with --coordinator host:port"):
+        processes.join(processes.Flags(process_id=1))
+    program = subprocess.run(
+        [sys.executable, "-m", "examples.train_gpt", "--coordinator", "auto"],
+        capture_output=True,
+        text=True,
+    )
+    assert program.returncode == 1
+    assert "error: --coordinator auto: " in program.stderr
+    assert "Give --coordinator host:port, --num-processes and --process-id." in program.stderr
