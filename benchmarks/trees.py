@@ -32,7 +32,7 @@ def fill(tree: Tree, seed: int) -> Any:
     return jax.tree.map(draw, tree.shapes)
 
 
-def _of_model(make: Callable[[], nnx.Module]) -> Tree:
+def of_model(make: Callable[[], nnx.Module]) -> Tree:
     model = nnx.eval_shape(make)
     return Tree(
         nnx.to_pure_dict(nnx.state(model, nnx.Param)),
@@ -42,12 +42,12 @@ def _of_model(make: Callable[[], nnx.Module]) -> Tree:
 
 def gpt2_small() -> Tree:
     """GPT-2 small, 124 M parameters, its 12 layers stacked."""
-    return _of_model(lambda: models.gpt.GPT(models.gpt.CONFIGS["gpt2-small"], rngs=nnx.Rngs(0)))
+    return of_model(lambda: models.gpt.GPT(models.gpt.CONFIGS["gpt2-small"], rngs=nnx.Rngs(0)))
 
 
 def vit_base() -> Tree:
     """ViT-B/16, 87 M parameters, its 12 layers stacked."""
-    return _of_model(lambda: models.vit.ViT(models.vit.CONFIGS["base"], rngs=nnx.Rngs(0)))
+    return of_model(lambda: models.vit.ViT(models.vit.CONFIGS["base"], rngs=nnx.Rngs(0)))
 
 
 def unstacked(tree: Tree) -> Tree:

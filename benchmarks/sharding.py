@@ -1,0 +1,200 @@
+"""What an optimizer's update moves between devices, and how long it takes to compile."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import models.gpt
+from benchmarks import measure, peers, trees
+from examples.placement import opt_state_shardings
+
+Path_: TypeAlias = tuple[Any, ...]
+LayoutName: TypeAlias = Literal["fsdp-8", "tensor-8", "data-4-tensor-2", "layers-4"]
+OptimizerName: TypeAlias = Literal[*peers.OPTIMIZERS]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Compile an update of GPT-2 small for eight devices, and count what it moves."""
+
+    layouts: tuple[LayoutName, ...] = ("fsdp-8", "tensor-8", "data-4-tensor-2", "layers-4")
+    """How the weights lie on the devices."""
+    optimizers: tuple[OptimizerName, ...] = (
+        "optax.adamw",
+        "adamw2",
+        "optax.lamb",
+        "optax.contrib.muon",
+    )
+    """Optimizers; muon takes a minute to compile."""
+    topology: str | None = None
+    """A TPU to compile for, as v5e:2x4; that needs the package libtpu, and no TPU. By default,
+    eight virtual devices of the CPU."""
+    unstacked: bool = False
+    """Every layer's leaves by themselves, not stacked."""
+    out: Path = Path("runs/benchmarks/sharding.json")
+    """The file for the table."""
+
+
+def gpt2_small(num_layers: int = 12) -> trees.Tree:
+    """GPT-2 small with 16 heads and a padded vocabulary, which eight devices divide."""
+    config = dataclasses.replace(
+        models.gpt.CONFIGS["gpt2-small"],
+        num_layers=num_layers,
+        num_heads=16,
+        pad_vocab_to_multiple_of=64,
+    )
+    return trees.of_model(lambda: models.gpt.GPT(config, rngs=nnx.Rngs(0)))
+
+
+# The axes by which the layers of a GPT are divided in tensor parallelism, without the layer axis.
+TENSOR_AXES = {
+    "query/kernel": 1,
+    "key/kernel": 1,
+    "value/kernel": 1,
+    "query/bias": 0,
+    "key/bias": 0,
+    "value/bias": 0,
+    "out/kernel": 0,
+    "up/kernel": 1,
+    "up/bias": 0,
+    "down/kernel": 0,
+    "token_embedding/embedding": 0,
+}
+
+
+class Layout(NamedTuple):
+    """How many devices there are along each mesh axis."""
+
+    fsdp: int = 1
+    tensor: int = 1
+    layers: int = 1
+
+    def spec(self, name: str, shape: Sequence[int], is_stacked: bool) -> P:
+        """The partition of a leaf: its tensor axis, and the largest other one that fsdp divides."""
+        axes: list[str | None] = [None] * len(shape)
+        if is_stacked and self.layers > 1:
+            axes[0] = "layers"
+        if self.tensor > 1:
+            for ending, axis in TENSOR_AXES.items():
+                if name.endswith(ending):
+                    axes[axis + is_stacked] = "tensor"
+        free = [
+            axis
+            for axis in range(is_stacked, len(shape))
+            if axes[axis] is None and shape[axis] % self.fsdp == 0
+        ]
+        if self.fsdp > 1 and free and math.prod(shape) >= 2**16:
+            axes[max(free, key=lambda axis: shape[axis])] = "fsdp"
+        return P(*axes)
+
+
+LAYOUTS: Mapping[LayoutName, Layout] = {
+    "fsdp-8": Layout(fsdp=8),
+    "tensor-8": Layout(tensor=8),
+    "data-4-tensor-2": Layout(fsdp=4, tensor=2),
+    "layers-4": Layout(layers=4),
+}
+
+
+def place(shapes: Any, layout: Layout, devices: Sequence[Any]) -> Any:
+    """Shapes with the shardings of a layout."""
+    devices = devices[: math.prod(layout)]
+    mesh = Mesh(np.array(devices).reshape(layout), Layout._fields)
+
+    def placed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        is_stacked = re.search(r"\bblocks/\D", name) is not None
+        spec = layout.spec(name, leaf.shape, is_stacked)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map_with_path(placed, shapes)
+
+
+def compile_update(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The program of one jitted, donated update of placed params, moments placed as these."""
+    (mesh,) = {leaf.sharding.mesh for leaf in jax.tree.leaves(params)}
+    replicated = NamedSharding(mesh, P())
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or replicated)
+
+    state = jax.eval_shape(optimizer.init, params)
+    state = jax.tree.map(placed, state, opt_state_shardings(optimizer, params))
+    return jax.jit(optimizer.update, donate_argnums=1).lower(params, state, params).compile()
+
+
+class Collective(NamedTuple):
+    """An operation between devices: its name, and the bytes of each array that it gives."""
+
+    name: str
+    sizes: tuple[int, ...]
+
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+def collectives(program: str) -> list[Collective]:
+    """Those of a compiled program."""
+    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return [
+        Collective(
+            name,
+            tuple(
+                _BYTES[dtype] * math.prod(int(size) for size in dims.split(",") if size)
+                for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", outputs)
+            ),
+        )
+        for outputs, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", program)
+    ]
+
+
+def measure_layout(name: LayoutName, tree: trees.Tree, flags: Flags) -> list[dict[str, Any]]:
+    """The rows of a layout."""
+    devices: Sequence[Any] = jax.devices()
+    if flags.topology is not None:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
+    params = place(tree.shapes, LAYOUTS[name], devices)
+    rows = []
+    for optimizer in flags.optimizers:
+        start = time.process_time()  # of all threads: what else runs does not count
+        program = compile_update(peers.OPTIMIZERS[optimizer](tree.numbers), params)
+        seconds = time.process_time() - start
+        moved = collectives(program.as_text())
+        rows.append(
+            {
+                "layout": name,
+                "optimizer": optimizer,
+                "collectives": len(moved),
+                "MB": sum(sum(collective.sizes) for collective in moved) / 1e6,
+                "largest MB": max((max(c.sizes) for c in moved), default=0) / 1e6,
+                "compile s": seconds,
+                "code MB": program.memory_analysis().generated_code_size_in_bytes / 1e6,
+            }
+        )
+    return rows
+
+
+def main(flags: Flags) -> None:
+    """Prints the table."""
+    jax.config.update("jax_enable_compilation_cache", False)  # its time is measured
+    jax.config.update("jax_num_cpu_devices", 8)
+    tree = trees.unstacked(gpt2_small()) if flags.unstacked else gpt2_small()
+    rows = [row for name in flags.layouts for row in measure_layout(name, tree, flags)]
+    measure.report(rows, flags.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))

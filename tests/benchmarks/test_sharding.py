@@ -1,0 +1,40 @@
+"""What an update of GPT-2 small moves between devices, at its real widths, compiled only."""
+
+import jax
+import pytest
+
+from benchmarks import peers, sharding, trees
+
+MOST = {"fsdp-8": 7, "tensor-8": 10, "data-4-tensor-2": 20, "layers-4": 0}
+
+
+@pytest.mark.parametrize("layout", sharding.LAYOUTS)
+def test_few_collectives_and_no_weight_moves(layout):
+    tree = sharding.gpt2_small()
+    params = sharding.place(tree.shapes, sharding.LAYOUTS[layout], jax.devices())
+    program = sharding.compile_update(peers.OPTIMIZERS["adamw2"](tree.numbers), params)
+    moved = sharding.collectives(program.as_text())
+    assert len(moved) <= MOST[layout]
+    smallest = 12 * 768 * 768 * 4  # bytes of a stack of weights
+    assert max((max(collective.sizes) for collective in moved), default=0) < smallest / 20
+
+
+def test_layers_apart_are_moved_together():
+    tree = trees.unstacked(sharding.gpt2_small(num_layers=4))
+    params = sharding.place(tree.shapes, sharding.LAYOUTS["fsdp-8"], jax.devices())
+    program = sharding.compile_update(peers.OPTIMIZERS["adamw2"](tree.numbers), params)
+    assert len(sharding.collectives(program.as_text())) <= 20
+
+
+def test_collectives_of_a_program():
+    program = """
+  %all-gather.1 = f32[12,8,768]{1,0,2} all-gather(%x), channel_id=8, dimensions={2}
+  %all-reduce = (f32[9,9]{1,0}, bf16[12]{0}, /*index=5*/f32[]) all-reduce(%a, %b), to_apply=%add
+  %p = (f32[8], f32[8]) collective-permute-start(%y), channel_id=2
+  %f = f32[8] fusion(%all-reduce), calls=%c
+"""
+    assert sharding.collectives(program) == [
+        sharding.Collective("all-gather", (12 * 8 * 768 * 4,)),
+        sharding.Collective("all-reduce", (9 * 9 * 4, 24, 4)),
+        sharding.Collective("collective-permute", (32, 32)),
+    ]
