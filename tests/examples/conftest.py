@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from examples import placement, program
+
 COLORS = {"blue": (20, 40, 220), "green": (30, 200, 60)}
 
 
@@ -25,3 +27,16 @@ def image_folder(tmp_path):
     cut.write_bytes(cut.read_bytes()[:400])
     (folder / "train" / "blue" / "notes.txt").write_text("not looked at")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """A program that is not told --mesh trains on one device: eight virtual ones take longer."""
+    make_mesh = program.make_mesh
+
+    def on_one(config):
+        if config.mesh is None:
+            return placement.make_mesh(None, rows=1)
+        return make_mesh(config)
+
+    monkeypatch.setattr(program, "make_mesh", on_one)
