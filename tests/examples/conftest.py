@@ -29,8 +29,8 @@ def image_folder(tmp_path):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def one_device():
     """A program that is not told --mesh trains on one device: eight virtual ones take longer."""
     make_mesh = program.make_mesh
 
@@ -39,4 +39,6 @@ def one_device(monkeypatch):
             return placement.make_mesh(None, rows=1)
         return make_mesh(config)
 
-    monkeypatch.setattr(program, "make_mesh", on_one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "make_mesh", on_one)
+        yield
