@@ -427,18 +427,19 @@ def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Arra
 def _with_fresh_vector(v: jax.Array, spec: MatrixSpec, place: int, count: jax.Array) -> jax.Array:
     """The block with random signs in place of its least vector, the first.
 
-    They are a window of a constant, which moves on from update to update. Every leaf, known by
-    its place in the list, has its own: one for all would lie on the devices as one leaf wants it.
+    They are a window of a constant, which moves on from update to update. It is longer by the
+    place of the leaf in the list, so that the compiler does not make one of those of all leaves,
+    which would lie on the devices as one leaf wants it.
     """
     axis = Labels.of(spec).block.index("y")
     sizes = [size if i >= len(spec.batch) else 1 for i, size in enumerate(v.shape)]
     sizes[axis] = 1
     length = math.prod(sizes)
-    rng = np.random.default_rng([FRESH_SEED, place])
-    constant = 2 * rng.integers(0, 2, length + NUM_WINDOWS) - 1
+    signs = 2 * np.random.default_rng(FRESH_SEED).integers(0, 2, length + NUM_WINDOWS) - 1
+    constant = np.pad(signs, (0, place))
     start = jnp.remainder(count, NUM_WINDOWS)
-    signs = lax.dynamic_slice(jnp.asarray(constant, jnp.int8), (start,), (length,))
-    fresh = (signs.astype(v.dtype) / math.sqrt(length)).reshape(sizes)
+    window = lax.dynamic_slice(jnp.asarray(constant, jnp.int8), (start,), (length,))
+    fresh = (window.astype(v.dtype) / math.sqrt(length)).reshape(sizes)
     is_first = lax.broadcasted_iota(
         jnp.int32, [BLOCK_SIZE if i == axis else 1 for i in range(v.ndim)], axis
     )
