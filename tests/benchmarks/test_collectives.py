@@ -15,8 +15,8 @@ def test_few_collectives_and_no_weight_moves(layout):
     program = sharding.compile_update(peers.OPTIMIZERS["adamw2"](tree.numbers), params)
     moved = sharding.collectives(program.as_text())
     assert len(moved) <= MOST[layout]
-    smallest = 12 * 768 * 768 * 4  # bytes of a stack of weights
-    assert max((max(collective.sizes) for collective in moved), default=0) < smallest / 20
+    smallest = 12 * 768 * 768  # entries of a stack of weights
+    assert sharding.largest(moved) < smallest / 20
 
 
 def test_layers_apart_are_moved_together():
@@ -34,7 +34,8 @@ def test_collectives_of_a_program():
   %f = f32[8] fusion(%all-reduce), calls=%c
 """
     assert sharding.collectives(program) == [
-        sharding.Collective("all-gather", (12 * 8 * 768 * 4,)),
-        sharding.Collective("all-reduce", (9 * 9 * 4, 24, 4)),
-        sharding.Collective("collective-permute", (32, 32)),
+        sharding.Collective("all-gather", (12 * 8 * 768,), 12 * 8 * 768 * 4),
+        sharding.Collective("all-reduce", (9 * 9, 12, 1), 9 * 9 * 4 + 24 + 4),
+        sharding.Collective("collective-permute", (8, 8), 64),
     ]
+    assert sharding.largest(sharding.collectives(program)) == 12 * 8 * 768
