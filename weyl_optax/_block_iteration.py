@@ -456,13 +456,13 @@ def _iteration(
         products.append(z)
         small.append((factor, _gram(a, label, label.image, r), _gram(a, label, label.block, z)))
 
-    solved = map_batched(rayleigh_ritz, small, [len(label.batch) for label in labels])
+    solve = functools.partial(rayleigh_ritz, BLOCK_SIZE)
+    solved = map_batched(solve, small, [len(label.batch) for label in labels])
     norms, next_blocks = [], []
     for a, v, z, label, solution in zip(leaves, blocks, products, labels, solved, strict=True):
         sigma, rotation, nonzero = (
             _sharding.reshard_as(a, x, label.axes(label.batch)) for x in solution
         )
-        rotation, nonzero = rotation[..., -BLOCK_SIZE:], nonzero[..., -BLOCK_SIZE:]
         mix = f"{label.block},{label.batch}yz->{label.block.replace('y', 'z')}"
         rotated = _small_product(a, label, mix, z, rotation)
         # A direction in which A is zero gives no vector: the one that was there stays.

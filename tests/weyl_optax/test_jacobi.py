@@ -61,7 +61,7 @@ def test_the_largest_norm_on_a_span_and_the_next_block(rank):
     r = a @ rng.normal(size=(5, 30, rank)) @ rng.normal(size=(5, rank, 9))
     z = a.swapaxes(1, 2) @ r / 7
     grams = (jnp.asarray(x.swapaxes(1, 2) @ x, jnp.float32) for x in (r, z))
-    sigma, rotation, nonzero = rayleigh_ritz(jnp.full(5, 7.0), *grams)
+    sigma, rotation, nonzero = rayleigh_ritz(9, jnp.full(5, 7.0), *grams)
 
     span = np.linalg.svd(r)[0][:, :, :rank]
     image = a.swapaxes(1, 2) @ span
@@ -79,7 +79,7 @@ def test_the_largest_norm_on_a_span_and_the_next_block(rank):
 
 def test_what_is_not_finite_is_nan_and_turns_nothing():
     gram = jnp.eye(9)[None].at[0, 0, 0].set(jnp.inf)
-    sigma, rotation, nonzero = rayleigh_ritz(jnp.ones(1), gram, gram)
+    sigma, rotation, nonzero = rayleigh_ritz(9, jnp.ones(1), gram, gram)
     assert jnp.isnan(sigma).all()
     assert not nonzero.any()
     assert jnp.isfinite(rotation).all()
