@@ -21,44 +21,6 @@ import models.gpt
 from benchmarks import measure, peers, trees
 from examples.placement import opt_state_shardings
 
-Path_: TypeAlias = tuple[Any, ...]
-LayoutName: TypeAlias = Literal["fsdp-8", "tensor-8", "data-4-tensor-2", "layers-4"]
-OptimizerName: TypeAlias = Literal[*peers.OPTIMIZERS]
-
-
-@dataclasses.dataclass(frozen=True)
-class Flags:
-    """Compile an update of GPT-2 small for eight devices, and count what it moves."""
-
-    layouts: tuple[LayoutName, ...] = ("fsdp-8", "tensor-8", "data-4-tensor-2", "layers-4")
-    """How the weights lie on the devices."""
-    optimizers: tuple[OptimizerName, ...] = (
-        "optax.adamw",
-        "adamw2",
-        "optax.lamb",
-        "optax.contrib.muon",
-    )
-    """Optimizers; muon takes a minute to compile."""
-    topology: str | None = None
-    """A TPU to compile for, as v5e:2x4; that needs the package libtpu, and no TPU. By default,
-    eight virtual devices of the CPU."""
-    unstacked: bool = False
-    """Every layer's leaves by themselves, not stacked."""
-    out: Path = Path("runs/benchmarks/sharding.json")
-    """The file for the table."""
-
-
-def gpt2_small(num_layers: int = 12) -> trees.Tree:
-    """GPT-2 small with 16 heads and a padded vocabulary, which eight devices divide."""
-    config = dataclasses.replace(
-        models.gpt.CONFIGS["gpt2-small"],
-        num_layers=num_layers,
-        num_heads=16,
-        pad_vocab_to_multiple_of=64,
-    )
-    return trees.of_model(lambda: models.gpt.GPT(config, rngs=nnx.Rngs(0)))
-
-
 # The axes by which the layers of a GPT are divided in tensor parallelism, without the layer axis.
 TENSOR_AXES = {
     "query/kernel": 1,
@@ -101,12 +63,49 @@ class Layout(NamedTuple):
         return P(*axes)
 
 
-LAYOUTS: Mapping[LayoutName, Layout] = {
+LAYOUTS: Mapping[str, Layout] = {
     "fsdp-8": Layout(fsdp=8),
     "tensor-8": Layout(tensor=8),
     "data-4-tensor-2": Layout(fsdp=4, tensor=2),
     "layers-4": Layout(layers=4),
 }
+
+
+LayoutName: TypeAlias = Literal[*LAYOUTS]
+OptimizerName: TypeAlias = Literal[*peers.OPTIMIZERS]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Compile an update of GPT-2 small for eight devices, and count what it moves."""
+
+    layouts: tuple[LayoutName, ...] = tuple(LAYOUTS)
+    """How the weights lie on the devices."""
+    optimizers: tuple[OptimizerName, ...] = (
+        "optax.adamw",
+        "adamw2",
+        "optax.lamb",
+        "optax.contrib.muon",
+    )
+    """Optimizers; muon takes a minute to compile."""
+    topology: str | None = None
+    """A TPU to compile for, as v5e:2x4; that needs the package libtpu, and no TPU. By default,
+    eight virtual devices of the CPU."""
+    unstacked: bool = False
+    """Every layer's leaves by themselves, not stacked."""
+    out: Path = Path("runs/benchmarks/sharding.json")
+    """The file for the table."""
+
+
+def gpt2_small(num_layers: int = 12) -> trees.Tree:
+    """GPT-2 small with 16 heads and a padded vocabulary, which eight devices divide."""
+    config = dataclasses.replace(
+        models.gpt.CONFIGS["gpt2-small"],
+        num_layers=num_layers,
+        num_heads=16,
+        pad_vocab_to_multiple_of=64,
+    )
+    return trees.of_model(lambda: models.gpt.GPT(config, rngs=nnx.Rngs(0)))
 
 
 def place(shapes: Any, layout: Layout, devices: Sequence[Any]) -> Any:
@@ -137,10 +136,11 @@ def compile_update(optimizer: optax.GradientTransformation, params: Any) -> Any:
 
 
 class Collective(NamedTuple):
-    """An operation between devices: its name, and the bytes of each array that it gives."""
+    """An operation between devices, and what it gives."""
 
     name: str
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # entries of each array
+    num_bytes: int
 
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
@@ -149,16 +149,18 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, 
 def collectives(program: str) -> list[Collective]:
     """Those of a compiled program."""
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    return [
-        Collective(
-            name,
-            tuple(
-                _BYTES[dtype] * math.prod(int(size) for size in dims.split(",") if size)
-                for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", outputs)
-            ),
-        )
-        for outputs, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", program)
-    ]
+    found = []
+    for outputs, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", program):
+        dtypes, shapes = zip(*re.findall(r"(\w+)\[([\d,]*)\]", outputs), strict=True)
+        sizes = tuple(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
+        num_bytes = sum(_BYTES[dtype] * size for dtype, size in zip(dtypes, sizes, strict=True))
+        found.append(Collective(name, sizes, num_bytes))
+    return found
+
+
+def largest(moved: Sequence[Collective]) -> int:
+    """The entries of the largest array that some collectives give."""
+    return max((max(collective.sizes) for collective in moved), default=0)
 
 
 def measure_layout(name: LayoutName, tree: trees.Tree, flags: Flags) -> list[dict[str, Any]]:
@@ -178,8 +180,8 @@ def measure_layout(name: LayoutName, tree: trees.Tree, flags: Flags) -> list[dic
                 "layout": name,
                 "optimizer": optimizer,
                 "collectives": len(moved),
-                "MB": sum(sum(collective.sizes) for collective in moved) / 1e6,
-                "largest MB": max((max(c.sizes) for c in moved), default=0) / 1e6,
+                "MB": sum(collective.num_bytes for collective in moved) / 1e6,
+                "largest array": largest(moved),
                 "compile s": seconds,
                 "code MB": program.memory_analysis().generated_code_size_in_bytes / 1e6,
             }

@@ -33,6 +33,7 @@ def fill(tree: Tree, seed: int) -> Any:
 
 
 def of_model(make: Callable[[], nnx.Module]) -> Tree:
+    """That of the model that `make` would make."""
     model = nnx.eval_shape(make)
     return Tree(
         nnx.to_pure_dict(nnx.state(model, nnx.Param)),

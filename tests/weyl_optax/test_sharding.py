@@ -1,7 +1,6 @@
 """On every mesh the numbers of one device, where the weights stay where they are."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
+from benchmarks.sharding import collectives, largest
 from weyl_optax import adamw2, bound_metrics, scale_by_weyl_bound
 
 SHAPES = {
@@ -71,16 +71,6 @@ def train(solver, params, grads):
     return updates, update.lower(grads[0], state, params).compile().as_text()
 
 
-def largest_moved(text):
-    """The size of the largest array that a collective operation puts out."""
-    operations = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
-    sizes = [0]
-    for outputs in re.findall(rf"= (.*?) (?:{operations})(?:-start)?\(", text):
-        for dims in re.findall(r"\w+\[([\d,]*)\]", outputs):
-            sizes.append(int(np.prod([int(n) for n in dims.split(",") if n])))
-    return max(sizes)
-
-
 SOLVER = adamw2(0.1, tau=0.01, weight_dimension_numbers=NUMBERS)
 
 
@@ -101,7 +91,7 @@ def test_sharded_equals_unsharded_and_moves_no_weight(layout, axis_type):
         for name, sharding in shardings.items():
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-8)
             assert found[name].sharding.is_equivalent_to(sharding, found[name].ndim)
-    assert largest_moved(text) <= LARGEST_BLOCK < SMALLEST_MATRIX
+    assert largest(collectives(text)) <= LARGEST_BLOCK < SMALLEST_MATRIX
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
