@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import models.gpt
 from benchmarks import measure, peers, trees
-from examples.placement import opt_state_shardings
+from weyl_optax import state_shardings
 
 # The axes by which the layers of a GPT are divided in tensor parallelism, without the layer axis.
 TENSOR_AXES = {
@@ -123,16 +123,16 @@ def place(shapes: Any, layout: Layout, devices: Sequence[Any]) -> Any:
 
 
 def compile_update(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """The program of one jitted, donated update of placed params, moments placed as these."""
-    (mesh,) = {leaf.sharding.mesh for leaf in jax.tree.leaves(params)}
-    replicated = NamedSharding(mesh, P())
+    """The program of one jitted, donated update of placed params, the state placed as these."""
+    shardings = state_shardings(optimizer, params)
 
-    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or replicated)
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    state = jax.eval_shape(optimizer.init, params)
-    state = jax.tree.map(placed, state, opt_state_shardings(optimizer, params))
-    return jax.jit(optimizer.update, donate_argnums=1).lower(params, state, params).compile()
+    state = jax.tree.map(placed, jax.eval_shape(optimizer.init, params), shardings)
+    outputs = (jax.tree.map(lambda leaf: leaf.sharding, params), shardings)
+    update = jax.jit(optimizer.update, donate_argnums=1, out_shardings=outputs)
+    return update.lower(params, state, params).compile()
 
 
 class Collective(NamedTuple):

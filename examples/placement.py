@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -118,23 +117,6 @@ class _SpreadRows(nnx.Module):
     def __call__(self, x: jax.Array, *inputs: jax.Array) -> jax.Array:
         x = self.inner(jax.lax.with_sharding_constraint(x, self.sharding), *inputs)
         return jax.lax.with_sharding_constraint(x, self.sharding)
-
-
-def opt_state_shardings(
-    optimizer: optax.GradientTransformation, params: optax.Params
-) -> optax.OptState:
-    """Where the state of an optimizer lies: a moment as its param; the compiler places the rest.
-
-    A moment is known by its path, which ends with that of the param, and its shape:
-    `optax.tree.map_params` of Optax 0.2.8 does not go through `optax.contrib.muon`.
-    """
-    by_path = dict(jax.tree.leaves_with_path(params))
-
-    def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding | None:
-        found = (by_path.get(path[i:]) for i in range(len(path)))
-        return next((p.sharding for p in found if p is not None and p.shape == leaf.shape), None)
-
-    return jax.tree.map_with_path(sharding, jax.eval_shape(optimizer.init, params))
 
 
 def place_batch(batch: Any, mesh: Mesh, spec: P) -> Any:

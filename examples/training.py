@@ -25,6 +25,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from examples import optimizers, placement, processes
+from weyl_optax import state_shardings
 from weyl_optax.dynamics import watch
 
 
@@ -173,10 +174,8 @@ def start(
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.as_pure(params), nnx.as_pure(rest)
-    opt_state = jax.jit(
-        optimizer.init, out_shardings=placement.opt_state_shardings(optimizer, params)
-    )(params)
-    state = {"params": params, "rest": rest, "opt_state": opt_state}
+    init = jax.jit(optimizer.init, out_shardings=state_shardings(optimizer, params))
+    state = {"params": params, "rest": rest, "opt_state": init(params)}
     shardings = jax.tree.map(lambda x: x.sharding, state)
 
     def loss_fn(params: Any, rest: Any, batch: Any) -> tuple[jax.Array, Any]:

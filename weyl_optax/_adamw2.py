@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from weyl_optax import _sharding
 from weyl_optax._bound import Growth, scale_by_weyl_bound
 from weyl_optax._dimension_numbers import WeightDimNumOrFn
 
@@ -96,10 +97,18 @@ def adamw2(
         Qi et al, `Taming Transformer Without Using Learning Rate Warmup
         <https://arxiv.org/abs/2505.21910>`_, 2025
     """
+    adam = optax.scale_by_adam(
+        b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
+    )
+
+    def init_adam(params: optax.Params) -> optax.ScaleByAdamState:
+        # The bound reads the params in its `init`, which so takes place on all their devices.
+        state: Any = adam.init(params)
+        mu, nu = (_sharding.shard_alike(moments, params) for moments in (state.mu, state.nu))
+        return state._replace(mu=mu, nu=nu)
+
     return optax.chain(
-        optax.scale_by_adam(
-            b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
-        ),
+        optax.GradientTransformation(init_adam, adam.update),
         scale_by_weyl_bound(
             tau,
             learning_rate,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.experimental.shard_alike import shard_alike as _shard_alike
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,3 +57,12 @@ def merge_axes(x: jax.Array, num_axes: int) -> jax.Array:
 def replicate(x: jax.Array) -> jax.Array:
     """`x` on every device."""
     return reshard_as(x, x, [None] * x.ndim)
+
+
+def shard_alike(tree: Any, other: Any) -> Any:
+    """A tree like another, each leaf divided as the compiler divides that of the other."""
+
+    def alike(x: Any, y: Any) -> Any:
+        return _shard_alike(x, y)[0] if isinstance(y, Tracer) else x
+
+    return jax.tree.map(alike, tree, other)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples import language, optimizers, placement, train_gpt, training
 from examples.text_data import load_corpus
+from weyl_optax import state_shardings
 from weyl_optax.flax import dimension_numbers
 
 SMALL = (
@@ -109,7 +110,7 @@ def test_no_moment_is_ever_whole_on_a_device(task, name):
     config = optimizers.Settings()
     optimizer, _ = optimizers.make(name, config, 10, dimension_numbers(task.model))
     params = nnx.as_pure(nnx.state(task.model, nnx.Param))
-    shardings = placement.opt_state_shardings(optimizer, params)
+    shardings = state_shardings(optimizer, params)
     init = jax.jit(optimizer.init, out_shardings=shardings).lower(params).compile()
     loss = placement.spread_rows(task.loss, task.mesh)
     _, state, update = training.start(task.model, loss, optimizer)
