@@ -27,6 +27,7 @@ def adamw2(
     max_std: jax.typing.ArrayLike = 0.02,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
+    partition_specs: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW², which trains Transformers without learning rate warmup.
 
@@ -68,6 +69,7 @@ def adamw2(
         max_std: Deviation of that whose norm is the most that counts, with linear growth.
         weight_dimension_numbers: How each leaf is read as matrices.
         num_iters: Iterations of the estimator at each update.
+        partition_specs: How the params are divided, inside of a :func:`jax.shard_map`.
 
     Returns:
         The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -119,6 +121,7 @@ def adamw2(
             max_std=max_std,
             weight_dimension_numbers=weight_dimension_numbers,
             num_iters=num_iters,
+            partition_specs=partition_specs,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )

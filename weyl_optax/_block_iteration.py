@@ -20,7 +20,7 @@ A matrix with a short side needs no search: its norm is that of the Gram matrix 
 import functools
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from weyl_optax import _jacobi, _sharding
+from weyl_optax import _jacobi, _sharding, _shards
 from weyl_optax._batching import map_batched
 from weyl_optax._dimension_numbers import MatrixSpec
 from weyl_optax._rayleigh_ritz import rayleigh_ritz
@@ -56,10 +56,13 @@ def real_dtype(x: Any) -> Any:
 
 def zero_norms(leaves: Sequence[Any], specs: Sequence[MatrixSpec]) -> list[jax.Array]:
     """The norms before the first search: zeros, shape (*batch,)."""
-    return [
-        _sharding.reshard_as(a, _sharding.zeros(a, spec.batch_shape, real_dtype(a)), spec.batch)
-        for a, spec in zip(leaves, specs, strict=True)
-    ]
+
+    def zeros(a: Any, spec: MatrixSpec) -> jax.Array:
+        summed = spec.names(spec.matrix_axes)
+        norms = _sharding.zeros(a, spec.batch_shape, real_dtype(a), summed)
+        return _sharding.reshard_as(a, norms, spec.batch)
+
+    return [zeros(a, spec) for a, spec in zip(leaves, specs, strict=True)]
 
 
 def new_blocks(leaves: Sequence[Any], specs: Sequence[MatrixSpec], seed: int) -> Blocks:
@@ -84,13 +87,32 @@ def new_blocks(leaves: Sequence[Any], specs: Sequence[MatrixSpec], seed: int) ->
         labels = Labels.of(spec)
         sizes = dict(zip(labels.leaf, spec.shape, strict=True), y=BLOCK_SIZE)
         shape = [sizes[label] for label in labels.block]
-        own = shape[len(spec.batch) :]
-        start = draws[: math.prod(own)] * (START_SIZE / math.sqrt(min(spec.matrix_shape)))
-        start = start.astype(compute_dtype(a)).reshape(*(1 for _ in spec.batch), *own)
-        block = _sharding.zeros(a, shape, compute_dtype(a)) + start
+        start = _own_part(
+            labels,
+            shape,
+            lambda size: draws[:size] * (START_SIZE / math.sqrt(min(spec.matrix_shape))),
+        )
+        others = [label for label in labels.leaf if label not in labels.block]
+        zeros = _sharding.zeros(a, shape, compute_dtype(a), labels.divisors(others))
+        block = zeros + start.astype(compute_dtype(a))
         return _sharding.reshard_as(a, block, labels.axes(labels.block))
 
     return [new_block(a, spec) for a, spec in zip(leaves, specs, strict=True)]
+
+
+def _own_part(
+    labels: "Labels", shape: Sequence[int], draw: Callable[[int], jax.Array]
+) -> jax.Array:
+    """Random vectors of a block, the same for all matrices, of the shape of a shard of it.
+
+    `draw` gives numbers for the whole of it.
+    """
+    sizes = [
+        1 if label in labels.batch else size * _shards.count(labels.divisors(label))
+        for label, size in zip(labels.block, shape, strict=True)
+    ]
+    names = [() if label in labels.batch else labels.divisors(label) for label in labels.block]
+    return _shards.own(draw(math.prod(sizes)).reshape(sizes), names)
 
 
 def _longest_side(specs: Sequence[MatrixSpec]) -> int:
@@ -222,7 +244,8 @@ def _derivative(
     inverse = jnp.where(sigma > 0, 1 / jnp.where(sigma > 0, sigma, 1), 0)
     if _is_vector(spec):
         unit = a * jnp.expand_dims(inverse, spec.matrix_axes).astype(a.dtype)
-        return jnp.sum(jnp.real(jnp.conj(unit) * da), axis=spec.matrix_axes)
+        inner = jnp.sum(jnp.real(jnp.conj(unit) * da), axis=spec.matrix_axes)
+        return _shards.total(inner, spec.names(spec.matrix_axes))
     labels = Labels.of(spec)
     v = _once_differentiable(_leading_vector(a, spec, block))
     vector, image = (side.replace("y", "") for side in (labels.block, labels.image))
@@ -231,8 +254,13 @@ def _derivative(
     u = u * _expand(inverse, u).astype(u.dtype)
     moved = _product(a, labels, lax.Precision.HIGH, expression, da, v)
     axes = tuple(range(len(spec.batch), u.ndim))
-    square = jnp.sum(jnp.real(jnp.conj(u) * u), axis=axes)
-    return jnp.sum(jnp.real(jnp.conj(u) * moved), axis=axes) / jnp.where(square > 0, square, 1)
+    square, inner = (
+        _shards.total(
+            jnp.sum(jnp.real(jnp.conj(u) * x), axis=axes), labels.divisors(image[len(spec.batch) :])
+        )
+        for x in (u, moved)
+    )
+    return inner / jnp.where(square > 0, square, 1)
 
 
 def _leading_vector(a: jax.Array, spec: MatrixSpec, block: jax.Array | None) -> jax.Array:
@@ -242,8 +270,16 @@ def _leading_vector(a: jax.Array, spec: MatrixSpec, block: jax.Array | None) -> 
         return lax.index_in_dim(block, -1, labels.block.index("y"), keepdims=False)
     gram, _ = _scaled_gram(a, spec)
     vectors = _eigh(gram.reshape(-1, *gram.shape[-2:]))[1][..., -1]
+    names = [
+        () if label in labels.batch else labels.divisors(label)
+        for label in labels.block.replace("y", "")
+    ]
     sizes = dict(zip(labels.leaf, spec.shape, strict=True))
-    return vectors.reshape([sizes[label] for label in labels.block.replace("y", "")])
+    whole = [
+        sizes[label] * _shards.count(divisor)
+        for label, divisor in zip(labels.block.replace("y", ""), names, strict=True)
+    ]
+    return _shards.own(vectors.reshape(whole), names)
 
 
 def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -290,6 +326,7 @@ class Labels(NamedTuple):
     leaf: str
     block: str  # V, and Z = A^H R
     image: str  # R = A V
+    mesh_axes: tuple[_shards.Names, ...]  # the manual ones, that divide each axis of the leaf
 
     @classmethod
     def of(cls, spec: MatrixSpec) -> "Labels":
@@ -300,11 +337,22 @@ class Labels(NamedTuple):
         leaf = string.ascii_lowercase[: len(spec.shape)]
         rows, columns = f"{batch}y{output}", f"{batch}{reduction}y"
         m, n = spec.matrix_shape
-        return cls(batch, leaf, *((rows, columns) if n <= m else (columns, rows)))
+        sides = (rows, columns) if n <= m else (columns, rows)
+        return cls(batch, leaf, *sides, spec.divisors)
 
     def axes(self, labels: str) -> list[int | None]:
         """The axis of the leaf for each label, None for one that the leaf has not."""
         return [self.leaf.index(label) if label in self.leaf else None for label in labels]
+
+    def divisors(self, labels: Iterable[str]) -> _shards.Names:
+        """The mesh axes that divide the axes of some labels."""
+        axes = [self.leaf.index(label) for label in labels if label in self.leaf]
+        return tuple(name for axis in axes for name in self.mesh_axes[axis])
+
+    def total(self, expression: str, x: jax.Array) -> jax.Array:
+        """An einsum of shards, summed over all shards of what is contracted."""
+        operands, _, out = expression.partition("->")
+        return _shards.total(x, self.divisors(sorted({*operands} - {*out, ","})))
 
 
 def _product(
@@ -316,11 +364,12 @@ def _product(
     one of 2^-16. HIGHEST is six, in a program that takes twice as long to run and to compile.
     """
     einsum = functools.partial(_einsum, a, labels, expression)
-    return lax.platform_dependent(
+    product = lax.platform_dependent(
         *operands,
         tpu=functools.partial(einsum, on_tpu),
         default=functools.partial(einsum, lax.Precision.HIGHEST),
     )
+    return labels.total(expression, product)
 
 
 def _small_product(
@@ -330,11 +379,12 @@ def _small_product(
 
     On a TPU it is a sum of products, entry by entry, which compiles in a tenth of the time.
     """
-    return lax.platform_dependent(
+    product = lax.platform_dependent(
         *operands,
         tpu=functools.partial(_sum_of_products, expression),
         default=functools.partial(_einsum, a, labels, expression, lax.Precision.HIGHEST),
     )
+    return labels.total(expression, product)
 
 
 def _einsum(
@@ -364,35 +414,41 @@ def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.expand_dims(per_matrix, tuple(range(per_matrix.ndim, like.ndim)))
 
 
-def _scaled(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """X over its largest absolute value, so that no square of it overflows, and this value."""
-    largest = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True)
+def _scaled(x: jax.Array, axes: Sequence[int], names: _shards.Names) -> tuple[jax.Array, jax.Array]:
+    """X over its largest absolute value, so that no square of it overflows, and this value.
+
+    `names` are the mesh axes that divide the axes.
+    """
+    largest = _shards.largest(jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True), names)
     scaled = x / jnp.where(largest > 0, largest, 1).astype(x.dtype)
     return scaled, jnp.squeeze(largest, tuple(axes))
 
 
 def _vector_norm(a: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The 2-norm over all but the batch axes, without overflow or underflow."""
-    a, largest = _scaled(jnp.abs(a), spec.matrix_axes)
-    return largest * jnp.sqrt(jnp.sum(a * a, axis=spec.matrix_axes))
+    names = spec.names(spec.matrix_axes)
+    a, largest = _scaled(jnp.abs(a), spec.matrix_axes, names)
+    return largest * jnp.sqrt(_shards.total(jnp.sum(a * a, axis=spec.matrix_axes), names))
 
 
 def _scaled_gram(a: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
     """The Gram matrices of the short side, (*batch, n, n), and by what the leaf was divided."""
     labels, size = Labels.of(spec), min(spec.matrix_shape)
-    a, scale = _scaled(a, spec.matrix_axes)
+    a, scale = _scaled(a, spec.matrix_axes, spec.names(spec.matrix_axes))
     a = jnp.where(jnp.isfinite(jnp.expand_dims(scale, spec.matrix_axes)), a, 0)
     side = labels.block.translate({ord(label): None for label in labels.batch + "y"})
+    a = _shards.whole(a, [labels.divisors(label) if label in side else () for label in labels.leaf])
     other = labels.leaf.translate({ord(label): label.upper() for label in side})
+    expression = f"{labels.leaf},{other}->{labels.batch}{side}{side.upper()}"
     gram = jnp.einsum(
-        f"{labels.leaf},{other}->{labels.batch}{side}{side.upper()}",
+        expression,
         jnp.conj(a),
         a,
         precision=lax.Precision.HIGHEST,
         # No mesh axis can shard both copies of the side.
         out_sharding=_sharding.of_axes(a, [*spec.batch, *[None] * (2 * len(side))]),
     )
-    return gram.reshape(*scale.shape, size, size), scale
+    return labels.total(expression, gram).reshape(*scale.shape, size, size), scale
 
 
 def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Array) -> jax.Array:
@@ -404,22 +460,28 @@ def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Arra
     labels, batch = Labels.of(spec), len(spec.batch)
     long_axes = [axis for axis in range(a.ndim) if labels.leaf[axis] not in labels.block]
     # BLOCK_SIZE rows at even distances, from the first of the matrix on.
-    sizes = spec.sizes(long_axes)
-    count = math.prod(sizes)
-    places = np.unravel_index(np.arange(BLOCK_SIZE) * (count // BLOCK_SIZE), sizes)
+    sizes = [a.shape[axis] * _shards.count(spec.divisors[axis]) for axis in long_axes]
+    places = np.unravel_index(np.arange(BLOCK_SIZE) * (math.prod(sizes) // BLOCK_SIZE), sizes)
     index: list[Any] = [slice(None)] * a.ndim
+    is_here: Any = np.ones(BLOCK_SIZE, bool)  # whether they are in this shard
     for axis, place in zip(long_axes, places, strict=True):
-        index[axis] = place
+        index[axis], is_on_axis = _shards.local(place, a.shape[axis], spec.divisors[axis])
+        is_here &= is_on_axis
     # Indexed axes that are not neighbors come first, others stay where they are.
     are_neighbors = long_axes == list(range(long_axes[0], long_axes[-1] + 1))
     kept = [axis for axis in range(a.ndim) if axis not in long_axes]
     position = long_axes[0] if are_neighbors else 0
     order: list[int | None] = [*kept[:position], None, *kept[position:]]
-    rows = a.at[tuple(index)].get(
-        mode="promise_in_bounds", out_sharding=_sharding.of_axes(a, order)
+    rows = (
+        lax.stop_gradient(a)
+        .at[tuple(index)]
+        .get(mode="promise_in_bounds", out_sharding=_sharding.of_axes(a, order))
     )
     rows = jnp.transpose(rows, [order.index(axis) for axis in labels.axes(labels.block)])
-    rows, scale = _scaled(jnp.conj(rows.astype(v.dtype)), range(batch, v.ndim))
+    on_axis = [axis for axis, label in enumerate(labels.block) if label != "y"]
+    rows = jnp.where(jnp.expand_dims(is_here, on_axis), jnp.conj(rows.astype(v.dtype)), 0)
+    rows = _shards.total(rows, spec.names(long_axes))
+    rows, scale = _scaled(rows, range(batch, v.ndim), labels.divisors(labels.block[batch:]))
     unseen = _expand(~(last > 0) & jnp.isfinite(scale), v)
     return v + jnp.where(unseen, jnp.asarray(START_SIZE, v.dtype) * rows, 0)
 
@@ -431,15 +493,17 @@ def _with_fresh_vector(v: jax.Array, spec: MatrixSpec, place: int, count: jax.Ar
     place of the leaf in the list, so that the compiler does not make one of those of all leaves,
     which would lie on the devices as one leaf wants it.
     """
-    axis = Labels.of(spec).block.index("y")
-    sizes = [size if i >= len(spec.batch) else 1 for i, size in enumerate(v.shape)]
-    sizes[axis] = 1
-    length = math.prod(sizes)
-    signs = 2 * np.random.default_rng(FRESH_SEED).integers(0, 2, length + NUM_WINDOWS) - 1
-    constant = np.pad(signs, (0, place))
-    start = jnp.remainder(count, NUM_WINDOWS)
-    window = lax.dynamic_slice(jnp.asarray(constant, jnp.int8), (start,), (length,))
-    fresh = (window.astype(v.dtype) / math.sqrt(length)).reshape(sizes)
+    labels = Labels.of(spec)
+    axis = labels.block.index("y")
+
+    def window(length: int) -> jax.Array:
+        signs = 2 * np.random.default_rng(FRESH_SEED).integers(0, 2, length + NUM_WINDOWS) - 1
+        constant = jnp.asarray(np.pad(signs, (0, place)), jnp.int8)
+        start = jnp.remainder(count, NUM_WINDOWS)
+        return lax.dynamic_slice(constant, (start,), (length,)).astype(v.dtype) / math.sqrt(length)
+
+    shape = [1 if i == axis else size for i, size in enumerate(v.shape)]
+    fresh = _own_part(labels, shape, window)
     is_first = lax.broadcasted_iota(
         jnp.int32, [BLOCK_SIZE if i == axis else 1 for i in range(v.ndim)], axis
     )
@@ -483,7 +547,8 @@ def _products(a: jax.Array, labels: Labels, v: jax.Array) -> tuple[jax.Array, ja
     r = _product(
         a, labels, lax.Precision.DEFAULT, f"{labels.leaf},{labels.block}->{labels.image}", a, v
     )
-    r, largest = _scaled(r, [i for i in range(len(labels.batch), r.ndim) if i != y])
+    axes = [i for i in range(len(labels.batch), r.ndim) if i != y]
+    r, largest = _scaled(r, axes, labels.divisors(labels.image[i] for i in axes))
     fresh = lax.slice_in_dim(r, 0, 1, axis=y)
     r = lax.concatenate([fresh * (jnp.abs(fresh) ** 4).astype(r.dtype), r], y)
     factor = jnp.max(largest, axis=-1)

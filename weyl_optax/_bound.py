@@ -45,6 +45,7 @@ def scale_by_weyl_bound(
     max_std: jax.typing.ArrayLike = 0.02,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
+    partition_specs: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bound how fast the spectral norm of every weight matrix may grow.
 
@@ -121,14 +122,18 @@ def scale_by_weyl_bound(
             norm can be some percent too low; so can the norm of a weight that was zero in
             ``init``, for some updates. The norm of a matrix with a side of at most
             16 is always exact.
+        partition_specs: For use inside of a :func:`jax.shard_map` whose params are divided: a
+            tree like the params with the :class:`jax.sharding.PartitionSpec` of each, or ``None``
+            for a leaf that is whole everywhere. The bound is then that of the whole matrix;
+            without it, each shard is a matrix of its own. Elsewhere it changes nothing.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
         params. A zero update stays zero, and ``None`` stays ``None``. An update with NaN or
         inf comes out with NaN, and leaves no trace in the block vectors of its matrix. A
-        sharded weight is bounded as a whole and stays where it is; only inside of a
-        :func:`jax.shard_map` is each shard that it sees a matrix of its own. It can be
-        differentiated once, forward and in reverse.
+        sharded weight is bounded as a whole and stays where it is; inside of a
+        :func:`jax.shard_map` that takes ``partition_specs``. It can be differentiated once,
+        forward and in reverse.
 
     Raises:
         ValueError: If an argument is out of its range, if
@@ -166,7 +171,7 @@ def scale_by_weyl_bound(
             return WeylBoundState(*[0] * len(WeylBoundState._fields))  # type: ignore
         if weight_dimension_numbers is None:
             warn_of_reading_by_rank(params)
-        leaves = BoundedLeaves(params, weight_dimension_numbers)
+        leaves = BoundedLeaves(params, weight_dimension_numbers, partition_specs=partition_specs)
         weights = leaves.of(params)
         weight_blocks, update_blocks = (
             _block_iteration.new_blocks(weights, leaves.specs, seed)
@@ -203,7 +208,7 @@ def scale_by_weyl_bound(
             raise ValueError(
                 "scale_by_weyl_bound measures the params: call update(updates, state, params)."
             )
-        leaves = BoundedLeaves(params, weight_dimension_numbers, updates)
+        leaves = BoundedLeaves(params, weight_dimension_numbers, updates, partition_specs)
         weights = [jnp.asarray(w) for w in leaves.of(params)]
         steps = [
             jnp.asarray(u).astype(_block_iteration.compute_dtype(w))

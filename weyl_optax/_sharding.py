@@ -16,6 +16,8 @@ from jax.experimental.shard_alike import shard_alike as _shard_alike
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from weyl_optax import _shards
+
 
 def of_axes(a: Any, axes: Sequence[int | None]) -> NamedSharding | None:
     """The sharding of an array whose axes are these axes of `a`; None is an unsharded axis.
@@ -31,10 +33,10 @@ def of_axes(a: Any, axes: Sequence[int | None]) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, P(*spec))
 
 
-def zeros(a: Any, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """Zeros that vary over the manual axes of a `shard_map` over which `a` does."""
+def zeros(a: Any, shape: Sequence[int], dtype: Any, summed: _shards.Names) -> jax.Array:
+    """Zeros that vary over the manual axes of a `shard_map` as a sum of `a` over some of them."""
     if isinstance(a, Tracer):
-        return lax.full_like(a, 0, dtype, shape)
+        return _shards.total(lax.full_like(a, 0, dtype, shape), summed)
     return jnp.zeros(shape, dtype)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 from benchmarks.sharding import collectives, largest
-from weyl_optax import adamw2, bound_metrics, scale_by_weyl_bound
+from weyl_optax import adamw2, bound_metrics, scale_by_weyl_bound, state_shardings
 
 SHAPES = {
     "stack": (4, 64, 128),
@@ -157,6 +157,70 @@ def test_an_ensemble_in_shard_map_equals_its_members(axis_type):
     found = jax.jit(mapped)(*jax.device_put((params["w"], grads), NamedSharding(devices, P("x"))))
     expected = jax.vmap(lambda w, g: member(w[None], g[None])[0])(params["w"], grads)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("layout", "init_inside"), [(0, True), (1, False), (2, False), (3, True)])
+def test_shards_in_shard_map_are_bounded_as_the_whole(layout, init_inside):
+    devices = mesh(AxisType.Auto)
+    specs = {name: layouts[layout] for name, layouts in SPECS.items()}
+    solver = adamw2(0.1, tau=0.01, weight_dimension_numbers=NUMBERS, partition_specs=specs)
+    shardings = {name: NamedSharding(devices, spec) for name, spec in specs.items()}
+    params, grads = arrays(SHAPES, 2)
+    params, grads = jax.device_put((params, grads), (shardings, [shardings] * 2))
+    states = jax.tree.map(lambda sharding: sharding.spec, state_shardings(solver, params))
+    init = solver.init
+    if init_inside:
+        init = jax.shard_map(init, mesh=devices, in_specs=(specs,), out_specs=states)
+    update = jax.shard_map(
+        solver.update,
+        mesh=devices,
+        in_specs=(specs, states, specs),
+        out_specs=(specs, states),
+    )
+    state, update = jax.jit(init)(params), jax.jit(update)
+    for g, wanted in zip(grads, unsharded(), strict=True):
+        found, state = update(g, state, params)
+        for name in specs:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-8)
+
+
+def test_the_gradient_of_an_update_of_shards_is_that_of_the_whole():
+    devices = mesh(AxisType.Auto)
+    specs = {"stack": P(None, "x", "y"), "short": P("x", "y"), "bias": P("y")}
+    numbers = {name: NUMBERS[name] for name in specs}
+    params, (grads,) = arrays({name: SHAPES[name] for name in specs}, 1)
+
+    def gradient(solver, update):
+        state = solver.init(params)
+
+        def loss(grads):
+            updates, _ = update(grads, state, params)
+            return sum(jnp.sum(updates[name] ** 2) + jnp.sum(updates[name]) for name in specs)
+
+        return jax.jit(jax.grad(loss))(grads)
+
+    bound = functools.partial(scale_by_weyl_bound, 0.01, weight_dimension_numbers=numbers)
+    whole, divided = bound(), bound(partition_specs=specs)
+    states = jax.tree.map(
+        lambda x: x.spec,
+        state_shardings(
+            whole, jax.device_put(params, {n: NamedSharding(devices, s) for n, s in specs.items()})
+        ),
+    )
+    mapped = jax.shard_map(
+        divided.update, mesh=devices, in_specs=(specs, states, specs), out_specs=(specs, states)
+    )
+    expected, found = gradient(whole, whole.update), gradient(divided, mapped)
+    for name in specs:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_partition_specs_that_do_not_fit():
+    params = {"a": jnp.ones((4, 5)), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match="partition_specs and params differ in structure"):
+        scale_by_weyl_bound(partition_specs={"a": P()}).init(params)
+    with pytest.raises(ValueError, match=r"has 'x' for a leaf of shape \(3,\)\. Write a jax"):
+        scale_by_weyl_bound(partition_specs={"a": P("x"), "b": "x"}).init(params)
 
 
 def test_data_parallel_in_shard_map_with_replicated_params():
