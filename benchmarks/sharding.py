@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -33,7 +33,9 @@ TENSOR_AXES = {
     "up/kernel": 1,
     "up/bias": 0,
     "down/kernel": 0,
+    "gate/kernel": 1,
     "token_embedding/embedding": 0,
+    "head/kernel": 1,
 }
 
 
@@ -68,18 +70,37 @@ LAYOUTS: Mapping[str, Layout] = {
     "tensor-8": Layout(tensor=8),
     "data-4-tensor-2": Layout(fsdp=4, tensor=2),
     "layers-4": Layout(layers=4),
+    "fsdp-64": Layout(fsdp=64),
 }
 
 
+def gpt2(name: str, **changes: Any) -> trees.Tree:
+    """A GPT-2 with 16 heads and a padded vocabulary, which eight devices divide."""
+    config = dataclasses.replace(
+        models.gpt.CONFIGS[name], num_heads=16, pad_vocab_to_multiple_of=64, **changes
+    )
+    return trees.of_model(lambda: models.gpt.GPT(config, rngs=nnx.Rngs(0)))
+
+
+MODELS: Mapping[str, Callable[[], trees.Tree]] = {
+    "gpt2-small": lambda: gpt2("gpt2-small"),
+    "gpt2-small-unstacked": lambda: trees.unstacked(gpt2("gpt2-small")),
+    "gpt2-large": lambda: gpt2("gpt2-large"),
+    "llama-7b": trees.llama_7b,
+}
+
+ModelName: TypeAlias = Literal[*MODELS]
 LayoutName: TypeAlias = Literal[*LAYOUTS]
 OptimizerName: TypeAlias = Literal[*peers.OPTIMIZERS]
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Compile an update of GPT-2 small for eight devices, and count what it moves."""
+    """Compile an update for many devices, and count what it moves and what it takes."""
 
-    layouts: tuple[LayoutName, ...] = tuple(LAYOUTS)
+    models: tuple[ModelName, ...] = ("gpt2-small",)
+    """Parameter trees."""
+    layouts: tuple[LayoutName, ...] = ("fsdp-8", "tensor-8", "data-4-tensor-2", "layers-4")
     """How the weights lie on the devices."""
     optimizers: tuple[OptimizerName, ...] = (
         "optax.adamw",
@@ -90,22 +111,9 @@ class Flags:
     """Optimizers; muon takes a minute to compile."""
     topology: str | None = None
     """A TPU to compile for, as v5e:2x4; that needs the package libtpu, and no TPU. By default,
-    eight virtual devices of the CPU."""
-    unstacked: bool = False
-    """Every layer's leaves by themselves, not stacked."""
+    virtual devices of the CPU."""
     out: Path = Path("runs/benchmarks/sharding.json")
     """The file for the table."""
-
-
-def gpt2_small(num_layers: int = 12) -> trees.Tree:
-    """GPT-2 small with 16 heads and a padded vocabulary, which eight devices divide."""
-    config = dataclasses.replace(
-        models.gpt.CONFIGS["gpt2-small"],
-        num_layers=num_layers,
-        num_heads=16,
-        pad_vocab_to_multiple_of=64,
-    )
-    return trees.of_model(lambda: models.gpt.GPT(config, rngs=nnx.Rngs(0)))
 
 
 def place(shapes: Any, layout: Layout, devices: Sequence[Any]) -> Any:
@@ -163,27 +171,32 @@ def largest(moved: Sequence[Collective]) -> int:
     return max((max(collective.sizes) for collective in moved), default=0)
 
 
-def measure_layout(name: LayoutName, tree: trees.Tree, flags: Flags) -> list[dict[str, Any]]:
-    """The rows of a layout."""
+def measure_layout(model: ModelName, name: LayoutName, flags: Flags) -> list[dict[str, Any]]:
+    """The rows of a model and a layout."""
     devices: Sequence[Any] = jax.devices()
     if flags.topology is not None:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=flags.topology).devices
+    tree = MODELS[model]()
     params = place(tree.shapes, LAYOUTS[name], devices)
     rows = []
     for optimizer in flags.optimizers:
         start = time.process_time()  # of all threads: what else runs does not count
         program = compile_update(peers.OPTIMIZERS[optimizer](tree.numbers), params)
         seconds = time.process_time() - start
-        moved = collectives(program.as_text())
+        moved, memory = collectives(program.as_text()), program.memory_analysis()
         rows.append(
             {
+                "model": model,
                 "layout": name,
                 "optimizer": optimizer,
                 "collectives": len(moved),
                 "MB": sum(collective.num_bytes for collective in moved) / 1e6,
                 "largest array": largest(moved),
+                # On each device: params, gradients and state; and what else an update takes.
+                "arrays MB": memory.argument_size_in_bytes / 1e6,
+                "temporary MB": memory.temp_size_in_bytes / 1e6,
                 "compile s": seconds,
-                "code MB": program.memory_analysis().generated_code_size_in_bytes / 1e6,
+                "code MB": memory.generated_code_size_in_bytes / 1e6,
             }
         )
     return rows
@@ -192,9 +205,15 @@ def measure_layout(name: LayoutName, tree: trees.Tree, flags: Flags) -> list[dic
 def main(flags: Flags) -> None:
     """Prints the table."""
     jax.config.update("jax_enable_compilation_cache", False)  # its time is measured
-    jax.config.update("jax_num_cpu_devices", 8)
-    tree = trees.unstacked(gpt2_small()) if flags.unstacked else gpt2_small()
-    rows = [row for name in flags.layouts for row in measure_layout(name, tree, flags)]
+    jax.config.update(
+        "jax_num_cpu_devices", max(math.prod(LAYOUTS[name]) for name in flags.layouts)
+    )
+    rows = [
+        row
+        for model in flags.models
+        for name in flags.layouts
+        for row in measure_layout(model, name, flags)
+    ]
     measure.report(rows, flags.out)
 
 

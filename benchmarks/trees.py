@@ -51,6 +51,31 @@ def vit_base() -> Tree:
     return of_model(lambda: models.vit.ViT(models.vit.CONFIGS["base"], rngs=nnx.Rngs(0)))
 
 
+def llama_7b() -> Tree:
+    """The 6.7 B parameters of a Llama of 32 stacked layers; its heads are flat."""
+    layers, width, hidden, vocabulary = 32, 4096, 11008, 32000
+    dense = MuonDimensionNumbers(1, 2)
+    kernels = {
+        **{f"attention/{name}": (width, width) for name in ("query", "key", "value", "out")},
+        **{f"mlp/{name}": (width, hidden) for name in ("gate", "up")},
+        "mlp/down": (hidden, width),
+    }
+    leaves = {f"blocks/{name}/kernel": ((layers, *shape), dense) for name, shape in kernels.items()}
+    leaves |= {
+        f"blocks/{name}/scale": ((layers, width), MuonDimensionNumbers((), 1))
+        for name in ("attention_norm", "mlp_norm")
+    }
+    leaves |= {
+        "token_embedding/embedding": ((vocabulary, width), MuonDimensionNumbers(0, 1)),
+        "head/kernel": ((width, vocabulary), MuonDimensionNumbers(0, 1)),
+        "norm/scale": ((width,), MuonDimensionNumbers((), 0)),
+    }
+    return Tree(
+        {name: jax.ShapeDtypeStruct(shape, np.float32) for name, (shape, _) in leaves.items()},
+        {name: numbers for name, (_, numbers) in leaves.items()},
+    )
+
+
 def unstacked(tree: Tree) -> Tree:
     """Every layer's leaves by themselves, as a model that does not scan over them has them."""
     (depth,) = {leaf.shape[0] for leaf in jax.tree.leaves(tree.shapes["blocks"])}
