@@ -143,12 +143,20 @@ def learning_rates(lines: Lines) -> Figure:
 
 
 def learning_rate_sweep(losses: dict[str, dict[float, float | None]]) -> Figure:
-    """Validation loss over peak learning rate, a line per optimizer."""
+    """Validation loss over peak learning rate, a line per optimizer.
+
+    The axis ends a little above the best loss of every optimizer: higher runs have failed.
+    """
     figure, ax = _axes(1)
     for name, by_rate in losses.items():
         style = {"linewidth": 3} if name == "adamw2" else {}
         values = [np.nan if loss is None else loss for loss in by_rate.values()]
         ax.plot(list(by_rate), values, "o-", color=COLORS[name], label=LABELS[name], **style)
+    found = [[loss for loss in by_rate.values() if loss is not None] for by_rate in losses.values()]
+    best = [min(values) for values in found if values]
+    if best:
+        margin = 0.1 * max(best)
+        ax.set_ylim(min(best) - margin, max(best) + 3 * margin)
     ax.set_xscale("log")
     ax.set_xlabel("peak learning rate")
     ax.set_ylabel("validation loss in nats per token")
