@@ -89,7 +89,7 @@ def prepare(flags: Any) -> Corpus:
     corpus = load_corpus(flags.data)
     for tokens in (corpus.train, corpus.validation):
         Windows(tokens, flags.sequence_length)
-    flags.check_warmup(flags.steps)
+    flags.check_warmup(flags.steps, flags.runs)
     program.make_mesh(flags)  # which checks the flag
     program.begin(flags)
     return corpus

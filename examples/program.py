@@ -68,9 +68,10 @@ class Config(optimizers.Settings):
         """Raises ValueError where a flag is not in [0, 1)."""
         self._check(lambda x: 0 <= x < 1, "it must be 0 or more, and below 1", names)
 
-    def check_warmup(self, steps: int) -> None:
-        """Raises ValueError where the warmup does not end before the run."""
-        if self.warmup >= steps:
+    def check_warmup(self, steps: int, runs: Sequence[str]) -> None:
+        """Raises ValueError where the warmup of a run does not end before it."""
+        have_it = any("warmup" in optimizers.OPTIMIZERS[name].tuned for name in runs)
+        if have_it and self.warmup >= steps:
             raise ValueError(f"--warmup {self.warmup}: it must be below the {steps} steps.")
 
     def _check(self, holds: Callable[[float], bool], what: str, names: Sequence[str]) -> None:

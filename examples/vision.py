@@ -137,7 +137,7 @@ def prepare(flags: Any) -> Images:
         ValueError: If the data do not fit the flags, or if it would lose or mix runs.
     """
     images = load_images(flags.data, SIZES[flags.model].num_channels)
-    flags.check_warmup(num_steps(flags, images))
+    flags.check_warmup(num_steps(flags, images), flags.runs)
     program.make_mesh(flags)  # which checks the flag
     program.begin(flags)
     return images

@@ -10,7 +10,7 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from examples import language, optimizers, train_gpt, training
+from examples import language, optimizers, program, train_gpt, training
 
 SMALL = (
     "--steps 12 --warmup 3 --batch 4 --sequence-length 16 --log-every 3 --validate-every 6 "
@@ -226,3 +226,9 @@ def test_every_optimizer_of_the_comparison_descends(name):
     for _ in range(40):
         params, state = step(params, state)
     assert optax.tree.norm(optax.tree.sub(params, target)) < 0.95 * before
+
+
+def test_a_warmup_that_no_run_has_may_be_as_long_as_it_likes():
+    program.Config(warmup=12).check_warmup(12, ["adamw2", "muon"])
+    with pytest.raises(ValueError, match="below the 12 steps"):
+        program.Config(warmup=12).check_warmup(12, ["adamw2", "muon_warmup"])
