@@ -22,11 +22,16 @@ class Flags:
 
 
 def join(flags: Flags) -> None:
-    """Waits for the other processes. It has to come before any use of a device.
+    """Prepares for several devices, and waits for the other processes.
+
+    It has to come before any use of a device.
 
     Raises:
         ValueError: If neither the flags nor the cluster say which processes there are.
     """
+    virtual_devices = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if virtual_devices or flags.coordinator is not None:
+        _keep_order()
     if flags.coordinator is None:
         if flags.num_processes is not None or flags.process_id is not None:
             raise ValueError("--num-processes and --process-id go with --coordinator host:port.")
@@ -39,6 +44,17 @@ def join(flags: Flags) -> None:
             f"--coordinator {flags.coordinator}: {error} Give --coordinator host:port, "
             "--num-processes and --process-id."
         ) from error
+
+
+def _keep_order() -> None:
+    """Lets all devices of a CPU begin their operations in the same order.
+
+    XLA else begins several at once; where they are collectives, all threads may come to wait for
+    each other, and it aborts the program.
+    """
+    flags, name = os.environ.get("XLA_FLAGS", ""), "xla_cpu_enable_concurrency_optimized_scheduler"
+    if name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{name}=false"
 
 
 def is_first() -> bool:

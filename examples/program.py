@@ -107,8 +107,7 @@ def run(
     """Runs a program from its flags to its end, or to a line that says what to do."""
     try:
         flags = parse()
-        if isinstance(flags, processes.Flags):
-            processes.join(flags)
+        processes.join(flags if isinstance(flags, processes.Flags) else processes.Flags())
         data = prepare(flags)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -12,6 +12,7 @@ import pytest
 
 from examples import language, processes, train_gpt, training
 
+VIRTUAL = "--xla_force_host_platform_device_count=8"
 FLAGS = (
     "--runs adamw2 --steps 24 --warmup 3 --batch 8 --accumulate 2 --sequence-length 16 "
     "--dropout 0.1 --log-every 2 --validate-every 10 --validation-batches 1"
@@ -106,3 +107,21 @@ def test_flags_that_do_not_fit_are_errors():
     assert program.returncode == 1
     assert "error: --coordinator auto: " in program.stderr
     assert "Give --coordinator host:port, --num-processes and --process-id." in program.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", ""),
+        ("--a=1", "--a=1"),
+        (VIRTUAL, f"{VIRTUAL} --xla_cpu_enable_concurrency_optimized_scheduler=false"),
+        (
+            f"{VIRTUAL} --xla_cpu_enable_concurrency_optimized_scheduler=true",
+            f"{VIRTUAL} --xla_cpu_enable_concurrency_optimized_scheduler=true",
+        ),
+    ],
+)
+def test_virtual_devices_keep_one_order(before, after, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", before)
+    processes.join(processes.Flags())
+    assert os.environ["XLA_FLAGS"] == after
