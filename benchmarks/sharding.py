@@ -130,15 +130,18 @@ def place(shapes: Any, layout: Layout, devices: Sequence[Any]) -> Any:
     return jax.tree.map_with_path(placed, shapes)
 
 
-def compile_update(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """The program of one jitted, donated update of placed params, the state placed as these."""
-    shardings = state_shardings(optimizer, params)
+def placed_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The shapes of the state of an optimizer of placed params, placed as these."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(optimizer.init, params),
+        state_shardings(optimizer, params),
+    )
 
-    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    state = jax.tree.map(placed, jax.eval_shape(optimizer.init, params), shardings)
-    outputs = (jax.tree.map(lambda leaf: leaf.sharding, params), shardings)
+def compile_update(optimizer: optax.GradientTransformation, params: Any, state: Any) -> Any:
+    """The program of one jitted, donated update, whose results lie as its arguments."""
+    outputs = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
     update = jax.jit(optimizer.update, donate_argnums=1, out_shardings=outputs)
     return update.lower(params, state, params).compile()
 
@@ -180,8 +183,10 @@ def measure_layout(model: ModelName, name: LayoutName, flags: Flags) -> list[dic
     params = place(tree.shapes, LAYOUTS[name], devices)
     rows = []
     for optimizer in flags.optimizers:
+        transformation = peers.OPTIMIZERS[optimizer](tree.numbers)
+        state = placed_state(transformation, params)
         start = time.process_time()  # of all threads: what else runs does not count
-        program = compile_update(peers.OPTIMIZERS[optimizer](tree.numbers), params)
+        program = compile_update(transformation, params, state)
         seconds = time.process_time() - start
         moved, memory = collectives(program.as_text()), program.memory_analysis()
         rows.append(

@@ -87,10 +87,12 @@ def new_blocks(leaves: Sequence[Any], specs: Sequence[MatrixSpec], seed: int) ->
         labels = Labels.of(spec)
         sizes = dict(zip(labels.leaf, spec.shape, strict=True), y=BLOCK_SIZE)
         shape = [sizes[label] for label in labels.block]
-        start = _own_part(
+        size = START_SIZE / math.sqrt(min(spec.matrix_shape))
+        start = size * _own_part(
             labels,
-            shape,
-            lambda size: draws[:size] * (START_SIZE / math.sqrt(min(spec.matrix_shape))),
+            labels.block,
+            [1 if label in labels.batch else sizes[label] for label in labels.block],
+            lambda whole: draws[: math.prod(whole)].reshape(whole),
         )
         others = [label for label in labels.leaf if label not in labels.block]
         zeros = _sharding.zeros(a, shape, compute_dtype(a), labels.divisors(others))
@@ -101,18 +103,19 @@ def new_blocks(leaves: Sequence[Any], specs: Sequence[MatrixSpec], seed: int) ->
 
 
 def _own_part(
-    labels: "Labels", shape: Sequence[int], draw: Callable[[int], jax.Array]
+    labels: "Labels",
+    vectors: str,
+    shape: Sequence[int],
+    make: Callable[[Sequence[int]], jax.Array],
 ) -> jax.Array:
-    """Random vectors of a block, the same for all matrices, of the shape of a shard of it.
+    """Vectors with these labels, of this shape, from `make`, which makes them of a given shape.
 
-    `draw` gives numbers for the whole of it.
+    In a `shard_map`, `make` makes all of them, and this device takes its part. Along the batch
+    they are its own already.
     """
-    sizes = [
-        1 if label in labels.batch else size * _shards.count(labels.divisors(label))
-        for label, size in zip(labels.block, shape, strict=True)
-    ]
-    names = [() if label in labels.batch else labels.divisors(label) for label in labels.block]
-    return _shards.own(draw(math.prod(sizes)).reshape(sizes), names)
+    names = [() if label in labels.batch else labels.divisors(label) for label in vectors]
+    whole = [size * _shards.count(divisors) for size, divisors in zip(shape, names, strict=True)]
+    return _shards.own(make(whole), names)
 
 
 def _longest_side(specs: Sequence[MatrixSpec]) -> int:
@@ -270,16 +273,9 @@ def _leading_vector(a: jax.Array, spec: MatrixSpec, block: jax.Array | None) -> 
         return lax.index_in_dim(block, -1, labels.block.index("y"), keepdims=False)
     gram, _ = _scaled_gram(a, spec)
     vectors = _eigh(gram.reshape(-1, *gram.shape[-2:]))[1][..., -1]
-    names = [
-        () if label in labels.batch else labels.divisors(label)
-        for label in labels.block.replace("y", "")
-    ]
     sizes = dict(zip(labels.leaf, spec.shape, strict=True))
-    whole = [
-        sizes[label] * _shards.count(divisor)
-        for label, divisor in zip(labels.block.replace("y", ""), names, strict=True)
-    ]
-    return _shards.own(vectors.reshape(whole), names)
+    side = labels.block.replace("y", "")
+    return _own_part(labels, side, [sizes[label] for label in side], vectors.reshape)
 
 
 def _eigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -326,7 +322,7 @@ class Labels(NamedTuple):
     leaf: str
     block: str  # V, and Z = A^H R
     image: str  # R = A V
-    mesh_axes: tuple[_shards.Names, ...]  # the manual ones, that divide each axis of the leaf
+    spec: MatrixSpec
 
     @classmethod
     def of(cls, spec: MatrixSpec) -> "Labels":
@@ -338,16 +334,15 @@ class Labels(NamedTuple):
         rows, columns = f"{batch}y{output}", f"{batch}{reduction}y"
         m, n = spec.matrix_shape
         sides = (rows, columns) if n <= m else (columns, rows)
-        return cls(batch, leaf, *sides, spec.divisors)
+        return cls(batch, leaf, *sides, spec)
 
-    def axes(self, labels: str) -> list[int | None]:
+    def axes(self, labels: Iterable[str]) -> list[int | None]:
         """The axis of the leaf for each label, None for one that the leaf has not."""
         return [self.leaf.index(label) if label in self.leaf else None for label in labels]
 
     def divisors(self, labels: Iterable[str]) -> _shards.Names:
         """The mesh axes that divide the axes of some labels."""
-        axes = [self.leaf.index(label) for label in labels if label in self.leaf]
-        return tuple(name for axis in axes for name in self.mesh_axes[axis])
+        return self.spec.names([axis for axis in self.axes(labels) if axis is not None])
 
     def total(self, expression: str, x: jax.Array) -> jax.Array:
         """An einsum of shards, summed over all shards of what is contracted."""
@@ -460,27 +455,25 @@ def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Arra
     labels, batch = Labels.of(spec), len(spec.batch)
     long_axes = [axis for axis in range(a.ndim) if labels.leaf[axis] not in labels.block]
     # BLOCK_SIZE rows at even distances, from the first of the matrix on.
-    sizes = [a.shape[axis] * _shards.count(spec.divisors[axis]) for axis in long_axes]
+    sizes = spec.whole_sizes(long_axes)
     places = np.unravel_index(np.arange(BLOCK_SIZE) * (math.prod(sizes) // BLOCK_SIZE), sizes)
     index: list[Any] = [slice(None)] * a.ndim
-    is_here: Any = np.ones(BLOCK_SIZE, bool)  # whether they are in this shard
     for axis, place in zip(long_axes, places, strict=True):
-        index[axis], is_on_axis = _shards.local(place, a.shape[axis], spec.divisors[axis])
-        is_here &= is_on_axis
+        index[axis] = _shards.local(place, a.shape[axis], spec.divisors[axis])
     # Indexed axes that are not neighbors come first, others stay where they are.
     are_neighbors = long_axes == list(range(long_axes[0], long_axes[-1] + 1))
     kept = [axis for axis in range(a.ndim) if axis not in long_axes]
     position = long_axes[0] if are_neighbors else 0
     order: list[int | None] = [*kept[:position], None, *kept[position:]]
-    rows = (
-        lax.stop_gradient(a)
-        .at[tuple(index)]
-        .get(mode="promise_in_bounds", out_sharding=_sharding.of_axes(a, order))
+    names = spec.names(long_axes)
+    rows = lax.stop_gradient(a).at[tuple(index)]
+    rows = rows.get(
+        mode="fill" if names else "promise_in_bounds",  # a row of another shard is zero
+        fill_value=0,
+        out_sharding=_sharding.of_axes(a, order),
     )
     rows = jnp.transpose(rows, [order.index(axis) for axis in labels.axes(labels.block)])
-    on_axis = [axis for axis, label in enumerate(labels.block) if label != "y"]
-    rows = jnp.where(jnp.expand_dims(is_here, on_axis), jnp.conj(rows.astype(v.dtype)), 0)
-    rows = _shards.total(rows, spec.names(long_axes))
+    rows = _shards.total(jnp.conj(rows.astype(v.dtype)), names)
     rows, scale = _scaled(rows, range(batch, v.ndim), labels.divisors(labels.block[batch:]))
     unseen = _expand(~(last > 0) & jnp.isfinite(scale), v)
     return v + jnp.where(unseen, jnp.asarray(START_SIZE, v.dtype) * rows, 0)
@@ -496,14 +489,19 @@ def _with_fresh_vector(v: jax.Array, spec: MatrixSpec, place: int, count: jax.Ar
     labels = Labels.of(spec)
     axis = labels.block.index("y")
 
-    def window(length: int) -> jax.Array:
+    def window(shape: Sequence[int]) -> jax.Array:
+        length = math.prod(shape)
         signs = 2 * np.random.default_rng(FRESH_SEED).integers(0, 2, length + NUM_WINDOWS) - 1
         constant = jnp.asarray(np.pad(signs, (0, place)), jnp.int8)
         start = jnp.remainder(count, NUM_WINDOWS)
-        return lax.dynamic_slice(constant, (start,), (length,)).astype(v.dtype) / math.sqrt(length)
+        window = lax.dynamic_slice(constant, (start,), (length,)).astype(v.dtype)
+        return (window / math.sqrt(length)).reshape(shape)
 
-    shape = [1 if i == axis else size for i, size in enumerate(v.shape)]
-    fresh = _own_part(labels, shape, window)
+    shape = [
+        1 if label in labels.batch + "y" else size
+        for label, size in zip(labels.block, v.shape, strict=True)
+    ]
+    fresh = _own_part(labels, labels.block, shape, window)
     is_first = lax.broadcasted_iota(
         jnp.int32, [BLOCK_SIZE if i == axis else 1 for i in range(v.ndim)], axis
     )

@@ -41,6 +41,10 @@ class MatrixSpec:
         """The mesh axes that divide some axes."""
         return tuple(name for axis in axes for name in self.divisors[axis])
 
+    def whole_sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of some axes, of all shards together."""
+        return tuple(self.shape[axis] * _shards.count(self.divisors[axis]) for axis in axes)
+
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The shape of an array with an entry for each matrix."""
@@ -49,11 +53,7 @@ class MatrixSpec:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """Rows and columns, of the whole matrix."""
-        rows, columns = (
-            math.prod(self.sizes(axes)) * _shards.count(self.names(axes))
-            for axes in (self.reduction, self.output)
-        )
-        return rows, columns
+        return math.prod(self.whole_sizes(self.reduction)), math.prod(self.whole_sizes(self.output))
 
     @property
     def matrix_axes(self) -> tuple[int, ...]:

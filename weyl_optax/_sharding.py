@@ -1,8 +1,8 @@
-"""Where the arrays of the bound lie, in a mesh with explicit axes.
+"""Where the arrays of the bound lie on the devices of a mesh.
 
-There, JAX wants to be told how each result is sharded. The bound's arrays have some of a leaf's
-axes, and lie on the devices as these do. In other meshes the compiler decides, and nothing is done
-here.
+On explicit axes, JAX wants to be told how each result is sharded. The bound's arrays have some of a
+leaf's axes, and lie on the devices as these do. On automatic axes the compiler decides; all that it
+is told is that moments lie as their params.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,6 @@ What is summed over a divided axis is summed over the devices among which it is 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +46,12 @@ def own(x: jax.Array, names: Sequence[Names]) -> jax.Array:
     return x
 
 
-def local(places: np.ndarray, size: int, names: Names) -> tuple[Any, Any]:
-    """Places on an axis as those on this device's shard, of some size; and whether it has them."""
+def local(places: np.ndarray, size: int, names: Names) -> np.ndarray | jax.Array:
+    """Places on an axis as places on this device's shard; what it has not is out of bounds."""
     if not names:
-        return places, True
-    places = places - lax.axis_index(names) * size
-    return jnp.clip(places, 0, size - 1), (places >= 0) & (places < size)
+        return places
+    places_here = places - lax.axis_index(names) * size
+    return jnp.where(places_here < 0, size, places_here)  # a negative index counts from the end
 
 
 def whole(x: jax.Array, names: Sequence[Names]) -> jax.Array:

@@ -42,8 +42,8 @@ def state_shardings(
         >>> solver = adamw2(1e-2)
         >>> shardings = state_shardings(solver, params)
         >>> state = jax.jit(solver.init, out_shardings=shardings)(params)
-        >>> state[0].mu["w"].sharding.spec, state[1].weight_block["w"].sharding.spec
-        (P('fsdp', None), P('fsdp', None))
+        >>> tuple(state[0].mu["w"].sharding.spec), tuple(state[1].weight_block["w"].sharding.spec)
+        (('fsdp', None), ('fsdp', None))
     """
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
     meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}

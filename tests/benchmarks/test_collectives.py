@@ -8,12 +8,18 @@ from benchmarks import peers, sharding, trees
 MOST = {"fsdp-8": 7, "tensor-8": 10, "data-4-tensor-2": 20, "layers-4": 0}
 
 
+def moved_by_adamw2(tree, layout):
+    """What an update of a tree moves, in a layout."""
+    params = sharding.place(tree.shapes, sharding.LAYOUTS[layout], jax.devices())
+    solver = peers.OPTIMIZERS["adamw2"](tree.numbers)
+    state = sharding.placed_state(solver, params)
+    return sharding.collectives(sharding.compile_update(solver, params, state).as_text())
+
+
 @pytest.mark.parametrize("layout", MOST)
 def test_few_collectives_and_no_weight_moves(layout):
     tree = sharding.gpt2("gpt2-small")
-    params = sharding.place(tree.shapes, sharding.LAYOUTS[layout], jax.devices())
-    program = sharding.compile_update(peers.OPTIMIZERS["adamw2"](tree.numbers), params)
-    moved = sharding.collectives(program.as_text())
+    moved = moved_by_adamw2(tree, layout)
     assert len(moved) <= MOST[layout]
     smallest = 12 * 768 * 768  # entries of a stack of weights
     assert sharding.largest(moved) < smallest / 20
@@ -21,9 +27,7 @@ def test_few_collectives_and_no_weight_moves(layout):
 
 def test_layers_apart_are_moved_together():
     tree = trees.unstacked(sharding.gpt2("gpt2-small", num_layers=4))
-    params = sharding.place(tree.shapes, sharding.LAYOUTS["fsdp-8"], jax.devices())
-    program = sharding.compile_update(peers.OPTIMIZERS["adamw2"](tree.numbers), params)
-    assert len(sharding.collectives(program.as_text())) <= 20
+    assert len(moved_by_adamw2(tree, "fsdp-8")) <= 20
 
 
 def test_collectives_of_a_program():
