@@ -76,8 +76,11 @@ def main(flags: Flags, task: nano.Nano) -> None:
                 runs.of(name)(settings | {"learning_rate": rate})
     print(report(runs.lines))
     losses = {name: losses_by_rate(runs.lines, name) for name in names(runs.lines)}
-    picture = plots.save(plots.learning_rate_sweep(losses), flags.out / "compare.png")
-    print(f"\nPicture: {picture}")
+    pictures = (
+        plots.save(plots.learning_rate_sweep(losses), flags.out / "compare.png"),
+        plots.save(plots.with_and_without(losses), flags.out / "bound.png"),
+    )
+    print(f"\nPictures: {', '.join(map(str, pictures))}")
 
 
 def tune(grid: Mapping[str, Sequence[Any]], loss: Callable[[Settings], float]) -> Settings:

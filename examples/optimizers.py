@@ -9,9 +9,18 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax import adamw2, by_unit, scale_by_weyl_bound
+from weyl_optax.contrib import (
+    gi_adamw,
+    keep_norm,
+    lion_a,
+    lion_ar,
+    rotate,
+    scale_by_noise_share,
+    soft_spectral_clip,
+)
 
 Growth = Literal["linear", "exponential"]
-Name = Literal[
+Alone = Literal[
     "adamw",
     "adamw_warmup",
     "adamw2",
@@ -20,10 +29,32 @@ Name = Literal[
     "lamb",
     "unit_clip",
     "schedule_free",
+    "gi_adamw",
+    "noise_share",
+    "soft_clip",
+    "keep_norm",
+    "adam_h",
+    "lion_a",
+    "lion_ar",
     "muon",
     "muon_warmup",
-    "muon_bound",
+    "muon_h",
 ]
+Bounded = Literal[  # AdamW's is AdamW²
+    "radam_bound",
+    "lion_bound",
+    "lamb_bound",
+    "gi_adamw_bound",
+    "noise_share_bound",
+    "soft_clip_bound",
+    "keep_norm_bound",
+    "adam_h_bound",
+    "lion_a_bound",
+    "lion_ar_bound",
+    "muon_bound",
+    "muon_h_bound",
+]
+Name = Alone | Bounded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +74,9 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's moments."""
     adam_share: float = 0.1
-    """Muon's learning rate times this is that of Adam, for embeddings and vectors."""
+    """Times the learning rate, that of Adam for embeddings and vectors (Muon, AdamH, MuonH)."""
+    max_norm: float = 10.0
+    """Largest singular value of Adam's update (soft spectral clip)."""
     clip: float = 1.0
     """Global gradient norm, 0 for no clipping."""
 
@@ -174,11 +207,52 @@ def _muon(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTran
     )
 
 
-def _muon_bound(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
-    bound = scale_by_weyl_bound(
-        s.tau, growth=s.growth, weight_dimension_numbers=_hidden_kernels(numbers)
+def _gi_adamw(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    del numbers
+    return gi_adamw(rate, **_adam(s))
+
+
+def _noise_share(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return scale_by_noise_share(
+        optax.adamw(rate, **_adam(s)), s.betas[0], weight_dimension_numbers=numbers
     )
-    return optax.chain(_muon(rate, s, numbers), bound)
+
+
+def _soft_clip(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(*s.betas),
+        soft_spectral_clip(s.max_norm, _hidden_kernels(numbers)),
+        optax.add_decayed_weights(s.weight_decay, is_decayed),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _keep_norm(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return optax.chain(optax.adamw(rate, **_adam(s)), keep_norm(_hidden_kernels(numbers)))
+
+
+def _adam_h(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    adam = optax.adamw(lambda count: s.adam_share * rate(count), **_adam(s))
+    return optax.chain(adam, _hyperball(rate, numbers))
+
+
+def _muon_h(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return optax.chain(_muon(rate, s, numbers), _hyperball(rate, numbers))
+
+
+def _hyperball(rate: optax.Schedule, numbers: Any) -> optax.GradientTransformation:
+    return rotate(rate, _hidden_kernels(numbers), per="matrix", decay=0.0)
+
+
+def _lion_a(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    del numbers
+    return lion_a(rate, weight_decay=s.weight_decay, mask=is_decayed)
+
+
+def _lion_ar(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return lion_ar(
+        rate, weight_decay=s.weight_decay, weight_dimension_numbers=_hidden_kernels(numbers)
+    )
 
 
 def _hidden_kernels(numbers: Any) -> Any:
@@ -200,6 +274,9 @@ _TAU = {"tau": (0.03, 0.1, 0.3)}
 _CLIP = {"tau": (0.01, 0.03, 0.1)}
 _SHARE = {"adam_share": (0.1, 0.3, 1.0)}
 _MOMENTUM = {"betas": ((0.8, 0.95), (0.9, 0.95), (0.95, 0.95))}
+_SECOND_MOMENT = {"betas": ((0.9, 0.95), (0.9, 0.99), (0.9, 0.999))}
+_DECAY = {"weight_decay": (0.1, 1.0, 10.0)}
+_MAX_NORM = {"max_norm": (3.0, 10.0, 30.0)}
 _WARMUP = {"warmup": (1 / 30, 1 / 10, 1 / 5, 2 / 5)}  # as a share of the steps
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -211,9 +288,36 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "lamb": Optimizer("LAMB, no warmup", _lamb, _cosine, _MOMENTUM),
     "unit_clip": Optimizer("AdamW, units clipped, no warmup", _unit_clip, _cosine, _CLIP),
     "schedule_free": Optimizer("AdamW, schedule-free", _schedule_free, _constant, _MOMENTUM),
+    "gi_adamw": Optimizer("GI-AdamW, no warmup", _gi_adamw, _cosine, _SECOND_MOMENT),
+    "noise_share": Optimizer("AdamW, noise share, no warmup", _noise_share, _cosine, _MOMENTUM),
+    "soft_clip": Optimizer("AdamW, soft clip, no warmup", _soft_clip, _cosine, _MAX_NORM),
+    "keep_norm": Optimizer("AdamW, norms kept, no warmup", _keep_norm, _cosine, {}),
+    "adam_h": Optimizer("AdamH, no warmup", _adam_h, _cosine, _SHARE),
+    "lion_a": Optimizer("LionA, no warmup", _lion_a, _cosine, _DECAY),
+    "lion_ar": Optimizer("LionAR, no warmup", _lion_ar, _cosine, _DECAY),
     "muon": Optimizer("Muon, no warmup", _muon, _cosine, _SHARE),
     "muon_warmup": Optimizer("Muon, warmup", _muon, _warmup_cosine, _SHARE | _WARMUP),
-    "muon_bound": Optimizer("Muon with the bound, no warmup", _muon_bound, _cosine, _SHARE | _TAU),
+    "muon_h": Optimizer("MuonH, no warmup", _muon_h, _cosine, _SHARE),
 }
-assert set(OPTIMIZERS) == set(get_args(Name))
+assert set(OPTIMIZERS) == set(get_args(Alone))
+
+
+def _bounded(name: str) -> Optimizer:
+    """An optimizer with the bound behind it. Muon has it for its own weights alone."""
+    alone = OPTIMIZERS[name]
+    bounded_weights = _hidden_kernels if name == "muon" else lambda numbers: numbers
+
+    def make(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+        bound = scale_by_weyl_bound(
+            s.tau, growth=s.growth, weight_dimension_numbers=bounded_weights(numbers)
+        )
+        return optax.chain(alone.make(rate, s, numbers), bound)
+
+    label = alone.label.replace(", no warmup", "") + " with the bound, no warmup"
+    return Optimizer(label, make, alone.schedule, alone.tuned | _TAU)
+
+
+ALONE = {name: name.removesuffix("_bound") for name in get_args(Bounded)}
+OPTIMIZERS |= {name: _bounded(alone) for name, alone in ALONE.items()}
+ALONE["adamw2"] = "adamw"
 LABELS = {name: optimizer.label for name, optimizer in OPTIMIZERS.items()}

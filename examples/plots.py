@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from examples.optimizers import LABELS
+from examples.optimizers import ALONE, LABELS
 
 matplotlib.use("agg")
 
@@ -25,9 +26,18 @@ COLORS = {
     "unit_clip": "#56B4E9",
     "schedule_free": "#F0E442",
     "muon": "#000000",
+    # And Tol's.
     "muon_warmup": "#8B4513",
-    "muon_bound": "#332288",
+    "muon_h": "#44AA99",
+    "gi_adamw": "#882255",
+    "noise_share": "#999933",
+    "soft_clip": "#117733",
+    "keep_norm": "#88CCEE",
+    "adam_h": "#AA4499",
+    "lion_a": "#DDCC77",
+    "lion_ar": "#CC6677",
 }
+COLORS |= {name: COLORS[alone] for name, alone in ALONE.items() if name != "adamw2"}
 KINDS = {
     "attention/query": "$W_q$",
     "attention/key": "$W_k$",
@@ -143,25 +153,61 @@ def learning_rates(lines: Lines) -> Figure:
 
 
 def learning_rate_sweep(losses: dict[str, dict[float, float | None]]) -> Figure:
-    """Validation loss over peak learning rate, a line per optimizer.
+    """Validation loss over peak learning rate, a line per optimizer."""
+    figure, ax = _axes(1)
+    _draw_losses(ax, losses)
+    ax.set_ylabel("validation loss in nats per token")
+    ax.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def with_and_without(losses: dict[str, dict[float, float | None]]) -> Figure:
+    """The same, a panel for each optimizer that was trained with and without the bound."""
+    pairs = [(alone, name) for name, alone in ALONE.items() if {name, alone} <= losses.keys()]
+    columns = max(1, min(4, len(pairs)))
+    rows = max(1, -(-len(pairs) // columns))
+    figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    drawn = {name: losses[name] for pair in pairs for name in pair}
+    for ax, pair in zip(axes.flat, pairs, strict=False):
+        _draw_losses(ax, {name: losses[name] for name in pair}, drawn)
+        ax.set_title(LABELS[pair[0]].removesuffix(", no warmup"), fontsize="medium")
+        style(ax)
+    for ax in axes.flat[len(pairs) :]:
+        ax.remove()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("validation loss")
+    if pairs:
+        handles = [
+            Line2D([], [], color=rcParams["text.color"], linestyle=line, marker="o")
+            for line in ("--", "-")
+        ]
+        axes[0, 0].legend(handles, ["alone", "with the bound"], frameon=False, fontsize="small")
+    return figure
+
+
+def _draw_losses(
+    ax: Axes, losses: dict[str, Any], all_losses: dict[str, Any] | None = None
+) -> None:
+    """Losses over peak rates; what has the bound is solid.
 
     The axis ends a little above the best loss of every optimizer: higher runs have failed.
     """
-    figure, ax = _axes(1)
     for name, by_rate in losses.items():
-        style = {"linewidth": 3} if name == "adamw2" else {}
         values = [np.nan if loss is None else loss for loss in by_rate.values()]
-        ax.plot(list(by_rate), values, "o-", color=COLORS[name], label=LABELS[name], **style)
-    found = [[loss for loss in by_rate.values() if loss is not None] for by_rate in losses.values()]
+        width = 3 if name == "adamw2" else 1.5
+        line = "o-" if name in ALONE else "o--"
+        ax.plot(list(by_rate), values, line, color=COLORS[name], label=LABELS[name], lw=width)
+    found = [
+        [loss for loss in by_rate.values() if loss is not None]
+        for by_rate in (all_losses or losses).values()
+    ]
     best = [min(values) for values in found if values]
     if best:
         margin = 0.1 * max(best)
         ax.set_ylim(min(best) - margin, max(best) + 3 * margin)
     ax.set_xscale("log")
     ax.set_xlabel("peak learning rate")
-    ax.set_ylabel("validation loss in nats per token")
-    ax.legend(frameon=False, fontsize="small")
-    return figure
 
 
 def tau_ablation(runs: dict[str, dict[float, Lines]]) -> Figure:

@@ -20,6 +20,6 @@ def check_in(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def value_at(argument: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:
+def value_at(argument: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     """The value at a step."""
     return argument(count) if callable(argument) else argument

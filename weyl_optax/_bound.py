@@ -167,7 +167,7 @@ def scale_by_weyl_bound(
     check_in("growth", growth, get_args(Growth))
 
     def init_fn(params: optax.Params) -> WeylBoundState:
-        if _is_placeholder(params):
+        if is_placeholder(params):
             return WeylBoundState(*[0] * len(WeylBoundState._fields))  # type: ignore
         if weight_dimension_numbers is None:
             warn_of_reading_by_rank(params)
@@ -302,7 +302,7 @@ def _rescale(u: jax.Array, scale: jax.Array, spec: MatrixSpec) -> jax.Array:
     return jnp.expand_dims(scale, spec.matrix_axes).astype(dtype) * u.astype(dtype)
 
 
-def _is_placeholder(params: Any) -> bool:
+def is_placeholder(params: Any) -> bool:
     """Whether it is what `optax.tree.map_params` gives to `init`, to find params in a state.
 
     It is a tree without leaves: a field that is made from it by `jax.tree.map` would be taken for

@@ -1,6 +1,6 @@
 """Finer matrices: a specification in which each unit, or each head, is bounded by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -54,19 +54,13 @@ def by_unit(weight_dimension_numbers: WeightDimNumOrFn | None = None) -> WeightD
 
     .. seealso:: :func:`by_head`, :func:`scale_by_weyl_bound`
     """
-    if weight_dimension_numbers is None:
-        return lambda params: by_unit(
-            jax.tree.map(lambda leaf: default_numbers(len(shape_of(leaf))), params)
-        )
-    if is_function(weight_dimension_numbers):
-        return lambda params: by_unit(weight_dimension_numbers(params))
 
-    def columns(entry: Any) -> Any:
-        if isinstance(entry, MuonDimensionNumbers) and axes_of(entry.reduction_axis):
+    def columns(entry: MuonDimensionNumbers) -> MuonDimensionNumbers:
+        if axes_of(entry.reduction_axis):
             return MuonDimensionNumbers((), entry.reduction_axis)
         return entry
 
-    return jax.tree.map(columns, weight_dimension_numbers, is_leaf=is_entry)
+    return map_entries(columns, weight_dimension_numbers)
 
 
 def by_head(
@@ -138,3 +132,21 @@ def by_head(
             "paths=, the patterns of the paths of attention's kernels and biases."
         )
     return per_head
+
+
+def map_entries(
+    fn: Callable[[MuonDimensionNumbers], MuonDimensionNumbers | None],
+    weight_dimension_numbers: WeightDimNumOrFn | None,
+) -> WeightDimNumOrFn:
+    """The same specification with another entry in place of each; leaves unbounded stay so."""
+    if weight_dimension_numbers is None:
+        return lambda params: map_entries(
+            fn, jax.tree.map(lambda leaf: default_numbers(len(shape_of(leaf))), params)
+        )
+    if is_function(weight_dimension_numbers):
+        return lambda params: map_entries(fn, weight_dimension_numbers(params))
+    return jax.tree.map(
+        lambda entry: fn(entry) if isinstance(entry, MuonDimensionNumbers) else entry,
+        weight_dimension_numbers,
+        is_leaf=is_entry,
+    )

@@ -16,6 +16,11 @@ from weyl_optax.dynamics._jacobians import (
     jacobian_p_wrt_x,
 )
 from weyl_optax.dynamics._representation import relative_representation_change
+from weyl_optax.dynamics._sharpness import (
+    adam_preconditioner,
+    critical_learning_rate,
+    sharpness,
+)
 from weyl_optax.dynamics._spectra import (
     product_spectral_norm,
     qk_spectral_norm,
@@ -25,8 +30,10 @@ from weyl_optax.dynamics._spectra import (
 __all__ = [
     "CollapseMode",
     "Jacobian",
+    "adam_preconditioner",
     "attention_entropy",
     "collapse_mode",
+    "critical_learning_rate",
     "effective_rank",
     "jacobian_p_wrt_k",
     "jacobian_p_wrt_q",
@@ -35,6 +42,7 @@ __all__ = [
     "product_spectral_norm",
     "qk_spectral_norm",
     "relative_representation_change",
+    "sharpness",
     "spectral_energy_concentration",
     "watch",  # pyright: ignore[reportUnsupportedDunderAll]
 ]

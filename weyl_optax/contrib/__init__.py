@@ -1,0 +1,32 @@
+"""The sister papers and the rivals, in Optax's form: what else trains without warmup."""
+
+from weyl_optax.contrib._catapult import catapult_schedule
+from weyl_optax.contrib._gi_adam import gi_adamw, scale_by_gi_adam
+from weyl_optax.contrib._keep_norm import KeepNormState, keep_norm
+from weyl_optax.contrib._lion_a import lion_a, lion_ar, scale_by_lion_a
+from weyl_optax.contrib._noise_share import NoiseShareState, scale_by_noise_share
+from weyl_optax.contrib._rotate import (
+    adamw_angle,
+    lion_angle,
+    rotate,
+    sgd_angle,
+)
+from weyl_optax.contrib._soft_spectral_clip import soft_spectral_clip
+
+__all__ = [
+    "KeepNormState",
+    "NoiseShareState",
+    "adamw_angle",
+    "catapult_schedule",
+    "gi_adamw",
+    "keep_norm",
+    "lion_a",
+    "lion_angle",
+    "lion_ar",
+    "rotate",
+    "scale_by_gi_adam",
+    "scale_by_lion_a",
+    "scale_by_noise_share",
+    "sgd_angle",
+    "soft_spectral_clip",
+]

@@ -1,0 +1,119 @@
+"""Weights that keep the norms with which they began."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from weyl_optax._block_iteration import zero_norms
+from weyl_optax._bound import is_placeholder
+from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
+from weyl_optax.contrib._vectors import Per, length, tangent, times, weight_vectors
+
+
+class KeepNormState(NamedTuple):
+    """State of :func:`keep_norm`."""
+
+    norm: Any  # A tree like the params; shape=batch. Of the first update's weight; -1 before.
+
+
+def keep_norm(
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    *,
+    per: Per = "unit",
+    partition_specs: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keep the norm of every unit's weights, or of every matrix, at what it began with.
+
+    It stands last in a chain. The update :math:`u` loses its part along the weight
+    :math:`w`, and the weight returns to its sphere:
+
+    .. math::
+
+        d = u - \frac{\langle u, w \rangle}{\|w\|^2} w, \qquad
+        w \leftarrow \|w_0\| \frac{w + d}{\|w + d\|}.
+
+    Weight decay, whose update is along the weight, then does nothing. A weight that is
+    followed by a normalization computes the same at any norm; other layers may want a gain.
+
+    Args:
+        weight_dimension_numbers: How each leaf is read as matrices, as for
+            :func:`weyl_optax.scale_by_weyl_bound`. Vectors and scalars, which are biases and
+            gains, are left to the optimizer. The rows of an embedding, one for each token,
+            keep their norms where it is read as ``MuonDimensionNumbers(1, 0)``.
+        per: ``"unit"`` for the 2-norm of the incoming weights of every output unit,
+            ``"matrix"`` for the Frobenius norm.
+        partition_specs: How the params are divided, inside of a :func:`jax.shard_map`; see
+            :func:`weyl_optax.scale_by_weyl_bound`.
+
+    Returns:
+        A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the params, and
+        the first one takes their norms. A unit, or a matrix, that is zero then is left to the
+        optimizer: it would never move.
+
+    Raises:
+        ValueError: If ``per`` is neither of the two, or if ``weight_dimension_numbers`` does
+            not fit the params.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from weyl_optax.contrib import keep_norm
+        >>> solver = optax.chain(optax.adam(0.1), keep_norm())
+        >>> params = {"w": 3 * jnp.eye(2)}
+        >>> opt_state = solver.init(params)
+        >>> grads = {"w": jnp.array([[1.0, -1.0], [1.0, 1.0]])}
+        >>> updates, opt_state = solver.update(grads, opt_state, params)
+        >>> w = params["w"] + updates["w"]
+        >>> print(f"{w[1, 0]:.3f}", *(f"{norm:.3f}" for norm in jnp.linalg.norm(w, axis=0)))
+        -0.100 3.000 3.000
+
+    References:
+        Kosson et al, `Rotational Equilibrium: How Weight Decay Balances Learning Across Neural
+        Networks <https://arxiv.org/abs/2305.17212>`_, 2023, section 4
+
+    .. seealso:: :func:`rotate`
+    """
+    vectors = weight_vectors(weight_dimension_numbers, per)
+
+    def init_fn(params: optax.Params) -> KeepNormState:
+        if is_placeholder(params):
+            return KeepNormState(norm=0)
+        leaves = BoundedLeaves(params, vectors, partition_specs=partition_specs)
+        zeros = zero_norms(leaves.of(params), leaves.specs)
+        return KeepNormState(norm=leaves.put([norm - 1 for norm in zeros]))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, KeepNormState]:
+        del extra_args
+        if params is None:
+            raise ValueError("keep_norm needs the params: call update(updates, state, params).")
+        leaves = BoundedLeaves(params, vectors, updates, partition_specs)
+        weights = [jnp.asarray(w) for w in leaves.of(params)]
+        norms = [
+            jnp.where(norm < 0, length(w, spec), norm)
+            for norm, w, spec in zip(leaves.of(state.norm), weights, leaves.specs, strict=True)
+        ]
+        kept = [
+            _step_on_sphere(jnp.asarray(u), w, norm, spec)
+            for u, w, norm, spec in zip(
+                leaves.of(updates), weights, norms, leaves.specs, strict=True
+            )
+        ]
+        return leaves.put(kept, updates), KeepNormState(leaves.put(norms, state.norm))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _step_on_sphere(u: jax.Array, w: jax.Array, norm: jax.Array, spec: MatrixSpec) -> jax.Array:
+    """The update that takes the weight to its sphere, without the difference of large numbers."""
+    d = tangent(u, w, spec)
+    w = w.astype(d.dtype)
+    moved = jnp.hypot(length(w, spec), length(d, spec))
+    scale = norm / jnp.where(moved > 0, moved, 1)
+    step = times(scale, d, spec) + times(scale - 1, w, spec)
+    return jnp.where(jnp.expand_dims(norm > 0, spec.matrix_axes), step, u).astype(u.dtype)

@@ -1,0 +1,157 @@
+"""LionA and LionAR: Lion with updates of AdamW's size, and with updates of a set angle."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from weyl_optax._arguments import value_at
+from weyl_optax._dimension_numbers import WeightDimNumOrFn, resolve_dimension_numbers
+from weyl_optax.contrib._rotate import adamw_angle, rotate
+from weyl_optax.contrib._vectors import Per, weight_vectors
+
+
+def scale_by_lion_a(
+    b: float = 0.9, *, nesterov: bool = False, inverse_bias_correction: bool = False
+) -> optax.GradientTransformation:
+    r"""Rescale updates to the sign of the momentum, times the size that Adam's would have.
+
+    .. math::
+
+        m_t = \beta m_{t-1} + (1 - \beta) g_t, \qquad
+        u_t = \sqrt{\frac{1 - \beta}{1 + \beta}} \, \mathrm{sign}(m_t)
+
+    The factor is the root mean square of the update of Adam where the gradient is noise, so that
+    learning rate and weight decay carry over. (Derived: the paper's text was not at hand.)
+
+    Args:
+        b: Decay rate :math:`\beta` of the momentum.
+        nesterov: Whether the sign is that of :math:`\beta m_t + (1 - \beta) g_t`.
+        inverse_bias_correction: Whether update :math:`t` is multiplied by :math:`1 - \beta^t`: the
+            opposite of what Adam does. The paper's training without warmup takes it,
+            with ``nesterov`` and :math:`\beta = 0.98`.
+
+    Returns:
+        A :class:`optax.GradientTransformation`: :func:`optax.scale_by_lion` and a factor.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from weyl_optax.contrib import scale_by_lion_a
+        >>> solver = scale_by_lion_a(b=0.6)
+        >>> grads = jnp.array([3.0, -0.2])
+        >>> updates, _ = solver.update(grads, solver.init(grads))
+        >>> print(updates)
+        [ 0.5 -0.5]
+
+    References:
+        Kosson et al, `Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training
+        <https://arxiv.org/abs/2410.23922>`_, 2024
+    """
+    # b m_t + (1 - b) g = b² m_{t-1} + (1 - b²) g
+    sign = optax.scale_by_lion(b1=b * b if nesterov else b, b2=b)
+    size = jnp.sqrt((1 - b) / (1 + b))
+    if inverse_bias_correction:
+        return optax.chain(
+            sign, optax.scale_by_schedule(lambda count: size * _inverse_bias_correction(b, count))
+        )
+    return optax.chain(sign, optax.scale(size))
+
+
+def lion_a(
+    learning_rate: optax.ScalarOrSchedule,
+    b: float = 0.98,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
+    mask: Any | None = None,
+    nesterov: bool = True,
+    inverse_bias_correction: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """LionA: Lion with AdamW's learning rate and weight decay.
+
+    Args:
+        learning_rate: As for :func:`optax.adamw`.
+        b: Decay rate of the momentum.
+        weight_decay: Strength of the decoupled weight decay, or a schedule.
+        mask: The leaves to decay, see :func:`optax.adamw`.
+        nesterov: See :func:`scale_by_lion_a`.
+        inverse_bias_correction: See :func:`scale_by_lion_a`.
+
+    Returns:
+        The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+    References:
+        Kosson et al, `Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training
+        <https://arxiv.org/abs/2410.23922>`_, 2024
+    """
+    return optax.chain(
+        scale_by_lion_a(b, nesterov=nesterov, inverse_bias_correction=inverse_bias_correction),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def lion_ar(
+    learning_rate: optax.ScalarOrSchedule,
+    b: float = 0.98,
+    *,
+    weight_decay: jax.typing.ArrayLike = 0.1,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    per: Per = "unit",
+    nesterov: bool = True,
+    inverse_bias_correction: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LionAR: LionA in rotational equilibrium from the first step.
+
+    Every unit of a matrix turns by the angle :math:`\sqrt{2 \eta_t \lambda \frac{1 - \beta}{1 +
+    \beta}}`, at which LionA with the weight decay :math:`\lambda` would arrive in time, and keeps
+    its norm; see :func:`rotate`. Vectors and scalars take the steps of LionA, without decay.
+
+    Args:
+        learning_rate: As for :func:`optax.adamw`.
+        b: Decay rate of the momentum.
+        weight_decay: :math:`\lambda`, of which only the angle is made.
+        weight_dimension_numbers: How each leaf is read as matrices, see :func:`keep_norm`; a
+            leaf with ``None`` takes the steps of LionA.
+        per: ``"unit"`` or ``"matrix"``.
+        nesterov: See :func:`scale_by_lion_a`.
+        inverse_bias_correction: See :func:`scale_by_lion_a`; of the angle, too.
+
+    Returns:
+        The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+        ValueError: As :func:`keep_norm`.
+
+    References:
+        Kosson et al, `Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training
+        <https://arxiv.org/abs/2410.23922>`_, 2024
+    """
+    vectors = weight_vectors(weight_dimension_numbers, per)
+
+    def rate(count: jax.typing.ArrayLike) -> Any:
+        correction = _inverse_bias_correction(b, count) if inverse_bias_correction else 1
+        return value_at(learning_rate, count) * correction
+
+    def angle(count: jax.typing.ArrayLike) -> jax.Array:
+        correction = _inverse_bias_correction(b, count) if inverse_bias_correction else 1
+        return adamw_angle(value_at(learning_rate, count), weight_decay, b) * correction
+
+    def is_rotated(params: optax.Params) -> Any:
+        specs = resolve_dimension_numbers(params, vectors)
+        return jax.tree.map(lambda spec: spec is not None, specs, is_leaf=lambda x: x is None)
+
+    def is_not_rotated(params: optax.Params) -> Any:
+        return jax.tree.map(lambda rotated: not rotated, is_rotated(params))
+
+    return optax.chain(
+        scale_by_lion_a(b, nesterov=nesterov),
+        optax.scale(-1.0),
+        optax.masked(optax.scale_by_schedule(rate), is_not_rotated),
+        rotate(angle, weight_dimension_numbers, per=per),
+    )
+
+
+def _inverse_bias_correction(b: float, count: Any) -> jax.Array:
+    """1 - b^t in update t = count + 1."""
+    return 1 - jnp.asarray(b) ** (count + 1)

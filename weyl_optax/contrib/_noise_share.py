@@ -1,0 +1,137 @@
+"""Smaller steps where the gradients of successive batches agree."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from weyl_optax._arguments import check_at_least
+from weyl_optax._block_iteration import compute_dtype, zero_norms
+from weyl_optax._bound import is_placeholder
+from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
+from weyl_optax.contrib._vectors import inner, times
+
+
+class NoiseShareState(NamedTuple):
+    """State of :func:`scale_by_noise_share`."""
+
+    inner_state: Any
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
+    mean: Any  # A tree like the params. Of the gradients, not corrected for bias.
+    mean_square: Any  # The same; shape=batch. Of the norms of gradients, not corrected for bias.
+
+
+def scale_by_noise_share(
+    inner_optimizer: optax.GradientTransformation,
+    b: jax.typing.ArrayLike = 0.9,
+    *,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scale the updates of each matrix by the root of the share of noise in its gradients.
+
+    While gradients agree, as they do early in training, a step of a given size changes what a
+    network computes by :math:`\sqrt{1 + B \varphi}` times as much as one along noise, with the
+    batch size :math:`B` and the signal-to-noise ratio :math:`\varphi` of an example. This
+    takes it back, by :math:`\sqrt{s}` with the share of noise :math:`s = 1 / (1 + B \varphi)`:
+
+    .. math::
+
+        s_t = \frac{E_t - \|m_t\|^2}{E_t \, (1 - r_t)}, \qquad
+        r_t = \frac{1 - \beta}{1 + \beta} \cdot \frac{1 + \beta^t}{1 - \beta^t},
+
+    with the averages :math:`m_t` of the gradients and :math:`E_t` of their squared norms, both
+    corrected for bias. :math:`r_t` is :math:`\|m_t\|^2 / E_t` where all is noise, so the share
+    is right from the second update on. The first one, of which nothing can be said, is left out: it
+    is zero. (Derived: the paper's text was not at hand.)
+
+    Args:
+        inner_optimizer: What makes the updates. The gradients are seen before it, and its
+            updates scaled after it.
+        b: Decay rate :math:`\beta` of both averages.
+        weight_dimension_numbers: How each leaf is read as matrices, which have a share each;
+            see :func:`weyl_optax.scale_by_weyl_bound`. Where it is ``None``, updates pass.
+
+    Returns:
+        A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs no params, but for
+        the inner optimizer. Gradients of one sign and size, as those of the same batch each time,
+        have no noise, and their updates go to zero.
+
+    Raises:
+        ValueError: If ``b`` is negative, or if ``weight_dimension_numbers`` does not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from weyl_optax.contrib import scale_by_noise_share
+        >>> solver = scale_by_noise_share(optax.sgd(1.0))
+        >>> signal = jnp.ones((100, 100))
+        >>> state = solver.init(signal)
+        >>> for key in jax.random.split(jax.random.key(0), 50):
+        ...     grads = signal + jax.random.normal(key, signal.shape)
+        ...     updates, state = solver.update(grads, state)
+        >>> print(f"{jnp.linalg.norm(updates) / jnp.linalg.norm(grads):.2f}")  # sqrt(1 / 2)
+        0.71
+
+    References:
+        Kosson et al, `Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training
+        <https://arxiv.org/abs/2410.23922>`_, 2024
+    """
+    check_at_least("b", b, 0)
+    optimizer = optax.with_extra_args_support(inner_optimizer)
+
+    def init_fn(params: optax.Params) -> NoiseShareState:
+        if is_placeholder(params):
+            return NoiseShareState(optimizer.init(params), 0, params, 0)  # type: ignore
+        leaves = BoundedLeaves(params, weight_dimension_numbers)
+        floats = leaves.of(params)
+        return NoiseShareState(
+            inner_state=optimizer.init(params),
+            count=jnp.zeros([], jnp.int32),
+            mean=leaves.put([jnp.zeros_like(x, compute_dtype(x)) for x in floats]),
+            mean_square=leaves.put(zero_norms(floats, leaves.specs)),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, NoiseShareState]:
+        leaves = BoundedLeaves(updates, weight_dimension_numbers)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        rate = jnp.asarray(b)
+        unbiased = 1 - rate**count
+        noise_only = (1 - rate) / (1 + rate) * (2 - unbiased) / unbiased
+        scales, means, squares = [], [], []
+        for g, mean, square, spec in zip(
+            leaves.of(updates),
+            leaves.of(state.mean),
+            leaves.of(state.mean_square),
+            leaves.specs,
+            strict=True,
+        ):
+            g = jnp.asarray(g).astype(mean.dtype)
+            now = inner(g, g, spec)
+            finite = jnp.isfinite(now)
+            new = rate * mean + (1 - rate) * g
+            new = jnp.where(jnp.expand_dims(finite, spec.matrix_axes), new, mean).astype(g.dtype)
+            new_square = jnp.where(finite, rate * square + (1 - rate) * now, square)
+            signal, total = inner(new, new, spec) / unbiased**2, new_square / unbiased
+            possible = total * (1 - noise_only)
+            share = (total - signal) / jnp.where(possible > 0, possible, 1)
+            scales.append(jnp.where(count > 1, jnp.sqrt(jnp.clip(share, 0, 1)), 0))
+            means.append(new)
+            squares.append(new_square)
+        updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
+        scaled = [
+            times(scale, jnp.asarray(u), spec)
+            for u, scale, spec in zip(leaves.of(updates), scales, leaves.specs, strict=True)
+        ]
+        return leaves.put(scaled, updates), NoiseShareState(
+            inner_state,
+            count,
+            leaves.put(means, state.mean),
+            leaves.put(squares, state.mean_square),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

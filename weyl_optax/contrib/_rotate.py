@@ -1,0 +1,177 @@
+"""Updates that turn every weight by an angle that is set, as in rotational equilibrium."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from weyl_optax._arguments import check_at_least, value_at
+from weyl_optax._block_iteration import zero_norms
+from weyl_optax._bound import is_placeholder
+from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
+from weyl_optax.contrib._keep_norm import keep_norm
+from weyl_optax.contrib._vectors import Per, inner, length, tangent, times, weight_vectors
+
+
+class ScaleByAngleState(NamedTuple):
+    """State of the first part of :func:`rotate`."""
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
+    mean_square: Any  # A tree like the params; shape=batch. Of the norms of updates, not corrected.
+
+
+def rotate(
+    angle: optax.ScalarOrSchedule,
+    weight_dimension_numbers: WeightDimNumOrFn | None = None,
+    *,
+    per: Per = "unit",
+    decay: jax.typing.ArrayLike = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Turn the weights of every unit by a given angle, on average, and keep their norms.
+
+    It stands last in a chain, behind any optimizer, and takes no more than the directions of
+    its updates. With :math:`d` the part of the update that is orthogonal to the weight,
+
+    .. math::
+
+        w \leftarrow \|w_0\| \frac{v}{\|v\|}, \qquad
+        v = w + \eta_r \|w_0\| \frac{d}{\sqrt{\mathrm{EMA}(\|d\|^2)}}.
+
+    With ``decay=0`` each update turns by :math:`\arctan \eta_r`. That, with ``per="matrix"``, is
+    the hyperball update of AdamH and MuonH, but for their update's part along the weight,
+    which they leave in it before they return to the sphere.
+
+    Args:
+        angle: :math:`\eta_r`, in radians for each update, or a schedule. The angle to which
+            an optimizer with weight decay settles by itself is given by
+            :func:`adamw_angle`, :func:`sgd_angle` and :func:`lion_angle`.
+        weight_dimension_numbers: How each leaf is read as matrices, see :func:`keep_norm`.
+            Leaves without a matrix keep the update that they are given.
+        per: ``"unit"`` or ``"matrix"``, see :func:`keep_norm`.
+        decay: Rate of the exponential moving average, with bias correction.
+
+    Returns:
+        A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the params.
+
+    Raises:
+        ValueError: If ``angle`` or ``decay`` is negative, or as :func:`keep_norm`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from weyl_optax.contrib import rotate
+        >>> solver = optax.chain(optax.adam(1.0), rotate(0.1))
+        >>> params = {"w": 3 * jnp.eye(2)}
+        >>> opt_state = solver.init(params)
+        >>> grads = {"w": jnp.array([[1.0, -1.0], [1.0, 1.0]])}
+        >>> updates, opt_state = solver.update(grads, opt_state, params)
+        >>> w = params["w"] + updates["w"]
+        >>> print(f"{jnp.arctan2(-w[1, 0], w[0, 0]):.4f} {jnp.arctan(0.1):.4f}")
+        0.0997 0.0997
+
+    References:
+        Kosson et al, `Rotational Equilibrium: How Weight Decay Balances Learning Across Neural
+        Networks <https://arxiv.org/abs/2305.17212>`_, 2023, section 4, and its code, without the
+        centering of weights that that does besides; `Hyperball optimization
+        <https://arxiv.org/abs/2606.16899>`_ for AdamH and MuonH
+
+    .. seealso:: :func:`keep_norm`, :func:`lion_ar`
+    """
+    return optax.chain(
+        _scale_by_angle(angle, weight_vectors(weight_dimension_numbers, per), decay),
+        keep_norm(weight_dimension_numbers, per=per),
+    )
+
+
+def _scale_by_angle(
+    angle: optax.ScalarOrSchedule, vectors: WeightDimNumOrFn, decay: jax.typing.ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+    """Scale every vector's update to `angle` times the norm of the vector, on average."""
+    check_at_least("angle", angle, 0)
+    check_at_least("decay", decay, 0)
+
+    def init_fn(params: optax.Params) -> ScaleByAngleState:
+        if is_placeholder(params):
+            return ScaleByAngleState(0, 0)  # type: ignore
+        leaves = BoundedLeaves(params, vectors)
+        zeros = zero_norms(leaves.of(params), leaves.specs)
+        return ScaleByAngleState(jnp.zeros([], jnp.int32), leaves.put(zeros))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAngleState]:
+        del extra_args
+        if params is None:
+            raise ValueError("rotate needs the params: call update(updates, state, params).")
+        leaves = BoundedLeaves(params, vectors, updates)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        eta = value_at(angle, state.count)
+        scaled, means = [], []
+        for u, w, mean, spec in zip(
+            leaves.of(updates),
+            leaves.of(params),
+            leaves.of(state.mean_square),
+            leaves.specs,
+            strict=True,
+        ):
+            u, w = jnp.asarray(u), jnp.asarray(w)
+            d = tangent(u, w, spec)
+            square = inner(d, d, spec)
+            # What is not finite passes into the update, and not into the state.
+            new = jnp.where(jnp.isfinite(square), decay * mean + (1 - decay) * square, mean)
+            average = jnp.sqrt(new / (1 - jnp.asarray(decay, new.dtype) ** count))
+            size = length(w, spec)
+            step = eta * size / jnp.where(average > 0, average, 1)
+            step = jnp.where(size > 0, step, 1)  # see keep_norm
+            scaled.append(times(step, d, spec).astype(u.dtype))
+            means.append(new)
+        return leaves.put(scaled, updates), ScaleByAngleState(
+            count, leaves.put(means, state.mean_square)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def adamw_angle(
+    learning_rate: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike,
+    b1: jax.typing.ArrayLike = 0.9,
+) -> jax.Array:
+    r"""Compute the angle of an update of AdamW in equilibrium, in radians.
+
+    :math:`\sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}}`, for a weight whose gradient is
+    noise; see table 1 of `Rotational Equilibrium <https://arxiv.org/abs/2305.17212>`_.
+    """
+    return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay * (1 - b1) / (1 + b1))
+
+
+def sgd_angle(
+    learning_rate: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike,
+    momentum: jax.typing.ArrayLike = 0.0,
+) -> jax.Array:
+    r"""Compute the angle of an update of SGD in equilibrium, in radians.
+
+    :math:`\sqrt{2 \eta \lambda / (1 + \alpha)}`, with momentum :math:`\alpha` and the decay
+    inside of it (L2 regularization), for a weight whose gradient is noise; see
+    :func:`adamw_angle`.
+    """
+    return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay / (1 + momentum))
+
+
+def lion_angle(
+    learning_rate: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+) -> jax.Array:
+    r"""Compute the angle of an update of Lion in equilibrium, in radians.
+
+    :math:`\sqrt{\pi \eta \lambda} \sqrt{(1 - \beta_1)^2 + \beta_1^2 \frac{1 - \beta_2}{1 +
+    \beta_2}}`, for a weight whose gradient is noise; see :func:`adamw_angle`.
+    """
+    spread = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
+    return jnp.sqrt(jnp.pi * jnp.asarray(learning_rate) * weight_decay * spread)

@@ -1,0 +1,63 @@
+"""The vectors whose norms count: those of the units of a matrix, or the matrix as a whole."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from optax.contrib import MuonDimensionNumbers
+
+from weyl_optax import _shards
+from weyl_optax._arguments import check_in
+from weyl_optax._block_iteration import compute_dtype
+from weyl_optax._dimension_numbers import MatrixSpec, WeightDimNumOrFn, axes_of
+from weyl_optax._granularity import map_entries
+
+Per = Literal["unit", "matrix"]
+
+
+def weight_vectors(weight_dimension_numbers: WeightDimNumOrFn | None, per: Per) -> WeightDimNumOrFn:
+    """A specification of each matrix as vectors: one for each output unit, or one of all entries.
+
+    Vectors and scalars, which are biases and gains, are left out.
+    """
+    check_in("per", per, get_args(Per))
+
+    def vectors(entry: MuonDimensionNumbers) -> MuonDimensionNumbers | None:
+        reduction, output = axes_of(entry.reduction_axis), axes_of(entry.output_axis)
+        if not reduction:
+            return None
+        return MuonDimensionNumbers((), reduction if per == "unit" else reduction + output)
+
+    return map_entries(vectors, weight_dimension_numbers)
+
+
+def only_matrices(weight_dimension_numbers: WeightDimNumOrFn | None) -> WeightDimNumOrFn:
+    """A specification with the matrices alone."""
+    return map_entries(
+        lambda entry: entry if axes_of(entry.reduction_axis) else None, weight_dimension_numbers
+    )
+
+
+def inner(x: jax.Array, y: jax.Array, spec: MatrixSpec) -> jax.Array:
+    """The real inner product of the vectors, shape (*batch)."""
+    product = jnp.real(jnp.conj(x) * y)
+    return _shards.total(jnp.sum(product, axis=spec.matrix_axes), spec.names(spec.matrix_axes))
+
+
+def length(x: jax.Array, spec: MatrixSpec) -> jax.Array:
+    """The 2-norms of the vectors, shape (*batch), in float32 at least."""
+    x = x.astype(compute_dtype(x))
+    return jnp.sqrt(inner(x, x, spec))
+
+
+def tangent(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
+    """What of `u` is orthogonal to the vectors of `w`; all of it, where these are zero."""
+    u, w = (x.astype(compute_dtype(x)) for x in (u, w))
+    square = inner(w, w, spec)
+    radial = inner(w, u, spec) / jnp.where(square > 0, square, 1)
+    return u - times(radial, w, spec)
+
+
+def times(factor: jax.Array, x: jax.Array, spec: MatrixSpec) -> jax.Array:
+    """Each vector of `x` times its own factor, (*batch)."""
+    return jnp.expand_dims(factor, spec.matrix_axes).astype(x.dtype) * x
