@@ -146,6 +146,7 @@ def learning_rates(lines: Lines) -> Figure:
             ax.plot(steps, rate * scales[kind][:, block], color=color, label=label)
         ax.plot(steps, rate, "--", color=rcParams["text.color"], label="schedule")
         ax.set_yscale("log")
+        ax.set_ylim(bottom=1e-4 * rate.max())
         ax.set_title(f"block {block}")
     axes[0].set_ylabel("actual learning rate")
     axes[-1].legend(frameon=False, ncols=2)

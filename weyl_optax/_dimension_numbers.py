@@ -162,6 +162,7 @@ class BoundedLeaves:
                     f"The leaf {path_name(path)!r} has shape {shape_of(leaf)} in updates, "
                     f"{spec.shape} in params."
                 )
+        self.paths = tuple(path_name(leaves[i][0]) for i in self._specs)
         if partition_specs is not None:
             self._divide(partition_specs)
 

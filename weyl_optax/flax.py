@@ -183,12 +183,12 @@ def _name(path: str) -> str:
 def _layers(model: nnx.Module) -> Iterator[tuple[str, _Layer]]:
     """The parameters of the layers in an NNX model whose type tells what they are."""
     for path, module in nnx.iter_graph(model):
-        for name, shape, *numbers in _parameters(module):
+        for name, shape, *numbers in layer_parameters(module):
             layer = _Layer(tuple(shape), (numbers[0], numbers[1]) if numbers else None)
             yield "/".join(map(str, (*path, name))), layer
 
 
-def _parameters(module: Any) -> Iterable[tuple[Any, ...]]:
+def layer_parameters(module: Any) -> Iterable[tuple[Any, ...]]:
     """The name, shape, reduction axes and output axes of each parameter of a layer."""
     match module:
         case nnx.Linear(in_features=n_in, out_features=n_out):

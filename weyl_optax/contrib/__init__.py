@@ -5,6 +5,7 @@ from weyl_optax.contrib._gi_adam import gi_adamw, scale_by_gi_adam
 from weyl_optax.contrib._keep_norm import KeepNormState, keep_norm
 from weyl_optax.contrib._lion_a import lion_a, lion_ar, scale_by_lion_a
 from weyl_optax.contrib._noise_share import NoiseShareState, scale_by_noise_share
+from weyl_optax.contrib._qk_clip import qk_clip
 from weyl_optax.contrib._rotate import (
     adamw_angle,
     lion_angle,
@@ -23,6 +24,7 @@ __all__ = [
     "lion_a",
     "lion_angle",
     "lion_ar",
+    "qk_clip",
     "rotate",
     "scale_by_gi_adam",
     "scale_by_lion_a",

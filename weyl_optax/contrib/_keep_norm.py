@@ -9,7 +9,7 @@ import optax
 from weyl_optax._block_iteration import zero_norms
 from weyl_optax._bound import is_placeholder
 from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
-from weyl_optax.contrib._vectors import Per, length, tangent, times, weight_vectors
+from weyl_optax._vectors import Per, length, tangent, times, weight_vectors
 
 
 class KeepNormState(NamedTuple):

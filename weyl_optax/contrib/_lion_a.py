@@ -8,8 +8,8 @@ import optax
 
 from weyl_optax._arguments import value_at
 from weyl_optax._dimension_numbers import WeightDimNumOrFn, resolve_dimension_numbers
+from weyl_optax._vectors import Per, weight_vectors
 from weyl_optax.contrib._rotate import adamw_angle, rotate
-from weyl_optax.contrib._vectors import Per, weight_vectors
 
 
 def scale_by_lion_a(

@@ -10,7 +10,7 @@ from weyl_optax._arguments import check_at_least
 from weyl_optax._block_iteration import compute_dtype, zero_norms
 from weyl_optax._bound import is_placeholder
 from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
-from weyl_optax.contrib._vectors import inner, times
+from weyl_optax._vectors import inner, times
 
 
 class NoiseShareState(NamedTuple):

@@ -10,8 +10,8 @@ from weyl_optax._arguments import check_at_least, value_at
 from weyl_optax._block_iteration import zero_norms
 from weyl_optax._bound import is_placeholder
 from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
+from weyl_optax._vectors import Per, inner, length, tangent, times, weight_vectors
 from weyl_optax.contrib._keep_norm import keep_norm
-from weyl_optax.contrib._vectors import Per, inner, length, tangent, times, weight_vectors
 
 
 class ScaleByAngleState(NamedTuple):

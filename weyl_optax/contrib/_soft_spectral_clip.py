@@ -11,7 +11,7 @@ from weyl_optax import _sharding
 from weyl_optax._arguments import check_at_least
 from weyl_optax._block_iteration import compute_dtype
 from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
-from weyl_optax.contrib._vectors import only_matrices
+from weyl_optax._vectors import only_matrices
 
 
 def soft_spectral_clip(

@@ -26,6 +26,7 @@ from weyl_optax.dynamics._spectra import (
     qk_spectral_norm,
     spectral_energy_concentration,
 )
+from weyl_optax.dynamics._update_sizes import update_sizes
 
 __all__ = [
     "CollapseMode",
@@ -39,18 +40,25 @@ __all__ = [
     "jacobian_p_wrt_q",
     "jacobian_p_wrt_qk",
     "jacobian_p_wrt_x",
+    "layer_representation_changes",  # pyright: ignore[reportUnsupportedDunderAll]
     "product_spectral_norm",
     "qk_spectral_norm",
     "relative_representation_change",
     "sharpness",
     "spectral_energy_concentration",
+    "update_sizes",
     "watch",  # pyright: ignore[reportUnsupportedDunderAll]
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "watch":  # it alone needs flax
+    # These two alone need flax.
+    if name == "watch":
         from weyl_optax.dynamics._watch import watch
 
         return watch
+    if name == "layer_representation_changes":
+        from weyl_optax.dynamics._layer_changes import layer_representation_changes
+
+        return layer_representation_changes
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

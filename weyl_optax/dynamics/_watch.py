@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,8 @@ import numpy as np
 from flax import nnx
 
 from weyl_optax._spectral_norm import spectral_norm
+from weyl_optax.dynamics import _modules
 from weyl_optax.dynamics._spectra import product_core
-
-Path: TypeAlias = tuple[Any, ...]  # names and indices
 
 TERMS = (
     *("W_q", "W_k", "W_v", "W_o", "W_1", "W_2"),
@@ -142,27 +141,17 @@ def _vector_norms(block: Any) -> dict[str, jax.Array]:
 
 
 def _norms_at_inputs(
-    model: nnx.Module, stacks: dict[Path, Any], batch: Any, loss: Callable
-) -> dict[Path, jax.Array]:
+    model: nnx.Module, stacks: dict[_modules.Path, Any], batch: Any, loss: Callable
+) -> dict[_modules.Path, jax.Array]:
     """The 2-norms of the input of every block and of the gradient there, shape (*stack, 2)."""
     for path, block in stacks.items():
-        *above, name = path
-        parent = functools.reduce(_child, above, model)
-        probed = _Probed(block, _stack_shape(block))
-        if isinstance(name, int):
-            parent[name] = probed
-        else:
-            setattr(parent, name, probed)
+        _modules.replace(model, path, _Probed(block, _stack_shape(block)))
     graph, norms, rest = nnx.split(model, _Norms, ...)
     norms, rest = nnx.as_pure(norms), nnx.as_pure(rest)
     measured = jax.grad(lambda norms: loss(nnx.merge(graph, norms, rest), batch))(norms)
     return {
         path: functools.reduce(lambda x, k: x[k], (*path, "norms"), measured) for path in stacks
     }
-
-
-def _child(module: Any, name: str | int) -> Any:
-    return module[name] if isinstance(name, int) else getattr(module, name)
 
 
 class _Norms(nnx.Variable):

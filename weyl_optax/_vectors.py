@@ -1,6 +1,6 @@
 """The vectors whose norms count: those of the units of a matrix, or the matrix as a whole."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,17 @@ from weyl_optax._granularity import map_entries
 Per = Literal["unit", "matrix"]
 
 
+def check_per(per: Any) -> None:
+    """Checks that it is a `Per`."""
+    check_in("per", per, get_args(Per))
+
+
 def weight_vectors(weight_dimension_numbers: WeightDimNumOrFn | None, per: Per) -> WeightDimNumOrFn:
     """A specification of each matrix as vectors: one for each output unit, or one of all entries.
 
     Vectors and scalars, which are biases and gains, are left out.
     """
-    check_in("per", per, get_args(Per))
+    check_per(per)
 
     def vectors(entry: MuonDimensionNumbers) -> MuonDimensionNumbers | None:
         reduction, output = axes_of(entry.reduction_axis), axes_of(entry.output_axis)
