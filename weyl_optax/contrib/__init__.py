@@ -1,6 +1,6 @@
 """The sister papers and the rivals, in Optax's form: what else trains without warmup."""
 
-from weyl_optax.contrib._catapult import catapult_schedule
+from weyl_optax.contrib._catapult import CatapultState, catapult_schedule, scale_by_catapult
 from weyl_optax.contrib._gi_adam import gi_adamw, scale_by_gi_adam
 from weyl_optax.contrib._keep_norm import KeepNormState, keep_norm
 from weyl_optax.contrib._lion_a import lion_a, lion_ar, scale_by_lion_a
@@ -15,6 +15,7 @@ from weyl_optax.contrib._rotate import (
 from weyl_optax.contrib._soft_spectral_clip import soft_spectral_clip
 
 __all__ = [
+    "CatapultState",
     "KeepNormState",
     "NoiseShareState",
     "adamw_angle",
@@ -26,6 +27,7 @@ __all__ = [
     "lion_ar",
     "qk_clip",
     "rotate",
+    "scale_by_catapult",
     "scale_by_gi_adam",
     "scale_by_lion_a",
     "scale_by_noise_share",

@@ -13,6 +13,7 @@ from weyl_optax.contrib import (
     gi_adamw,
     lion_a,
     lion_ar,
+    scale_by_catapult,
     scale_by_gi_adam,
     scale_by_lion_a,
     scale_by_noise_share,
@@ -207,7 +208,42 @@ def test_the_catapult_schedule_is_the_end_of_a_linear_warmup():
     np.testing.assert_allclose(catapult_schedule(0.4, 0.1, 40, 200)(100), 0.05, rtol=1e-6)
 
 
+def test_the_persistent_catapult_raises_the_rate_only_when_the_loss_has_come_down():
+    """Of a product of two weights, whose curvature falls as they come near to each other."""
+
+    def loss(w):
+        return (w[0] * w[1] - 1) ** 2 / 2
+
+    target = 1.0
+    solver = scale_by_catapult(target, initial=1e-3, tolerance=0.01)
+    w = jnp.array([4.0, 1.0])
+    state, update = solver.init(w), jax.jit(solver.update, static_argnames="value_fn")
+    lowest, rates = np.inf, []
+    for _ in range(60):
+        value, grads = jax.value_and_grad(loss)(w)
+        before = state
+        updates, state = update(grads, state, w, value=value, value_fn=loss)
+        rate = float(state.learning_rate)
+        np.testing.assert_allclose(updates, -rate * grads, rtol=1e-6)
+        if value < lowest and before.learning_rate < target:
+            grid = np.geomspace(1e-3, target, 801)
+            after = loss(np.asarray(w)[:, None] - grid * np.asarray(grads)[:, None])
+            allowed = grid[after <= value * 1.011]
+            assert rate <= max(float(before.learning_rate), allowed[-1]) * 1.02
+            lowest = value
+        else:
+            assert rate == float(before.learning_rate)
+        rates.append(rate)
+        w = w + updates
+    assert rates == sorted(rates)
+    assert rates[0] < rates[-1] <= target
+
+
 def test_wrong_arguments_are_errors():
+    w = jnp.ones(3)
+    solver = scale_by_catapult(1.0)
+    with pytest.raises(ValueError, match="value=loss, value_fn="):
+        solver.update(w, solver.init(w), w)
     with pytest.raises(ValueError, match="init_scale must be at least 0"):
         scale_by_gi_adam(init_scale=-1.0)
     with pytest.raises(ValueError, match="max_norm must be at least 0"):
