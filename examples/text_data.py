@@ -12,10 +12,13 @@ from examples import shards
 
 VALIDATION_SHARE = 0.1  # of a text, its end
 GPT2_VOCAB_SIZE = 50257
+HEADER = 256  # numbers of 32 bits: which kind, version, number of tokens
+LLM_C_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # by kind
+CHUNK = 1 << 24  # tokens
 
 
 class Corpus(NamedTuple):
-    """Tokens to train on and tokens held out, 1-d arrays of uint8 or uint16."""
+    """Tokens to train on and tokens held out, 1-d arrays of uint8, uint16 or uint32."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -28,11 +31,11 @@ def load_corpus(path: Path | None) -> Corpus:
 
     Args:
         path: A text file, a folder of text files, or a folder with nanoGPT's `train.bin`
-            and `val.bin` (uint16 tokens of GPT-2's vocabulary). By default, the modules of
-            Python's standard library.
+            and `val.bin`: tokens of GPT-2's vocabulary, uint16 or uint32, with or without the
+            header of llm.c. By default, the modules of Python's standard library.
 
     Raises:
-        ValueError: If there is nothing to read there.
+        ValueError: If there is nothing to read there, or if a token is outside of the vocabulary.
     """
     if path is None:
         modules = Path(sysconfig.get_path("stdlib")).glob("*.py")
@@ -71,20 +74,44 @@ def _from_bin(folder: Path) -> Corpus:
     if not (folder / "val.bin").exists():
         raise ValueError(f"--data: {folder} has train.bin, but no val.bin beside it.")
     train, validation = (_tokens(folder / name) for name in ("train.bin", "val.bin"))
-    largest = int(validation.max(initial=0))
-    if largest >= GPT2_VOCAB_SIZE:
-        raise ValueError(
-            f"--data: {folder / 'val.bin'} has a token {largest} outside of GPT-2's vocabulary of "
-            f"{GPT2_VOCAB_SIZE}."
-        )
     return Corpus(train, validation, GPT2_VOCAB_SIZE, is_text=False)
 
 
 def _tokens(file: Path) -> np.ndarray:
+    """The tokens of a file, mapped, and all of them looked at."""
+    tokens = _mapped(file)
+    for start in range(0, tokens.size, CHUNK):
+        outside = np.flatnonzero(tokens[start : start + CHUNK] >= GPT2_VOCAB_SIZE)
+        if outside.size:
+            position = start + int(outside[0])
+            raise ValueError(
+                f"--data: {file} has the token {tokens[position]} at position {position}, outside "
+                f"of GPT-2's vocabulary of {GPT2_VOCAB_SIZE}. It may be text of another tokenizer."
+            )
+    return tokens
+
+
+def _mapped(file: Path) -> np.ndarray:
     size = file.stat().st_size
     if size == 0 or size % 2:
-        raise ValueError(f"--data: {file} has {size} bytes, not 2 for each token (uint16).")
-    return np.memmap(file, dtype=np.uint16, mode="r")
+        raise ValueError(
+            f"--data: {file} has {size} bytes, not 2 (uint16) or 4 (uint32) for each token."
+        )
+    header = np.fromfile(file, np.int32, HEADER)
+    if header.size == HEADER and header[0] in LLM_C_DTYPES:
+        dtype, number = LLM_C_DTYPES[int(header[0])], int(header[2])
+        if size != 4 * HEADER + number * np.dtype(dtype).itemsize:
+            raise ValueError(
+                f"--data: the header of {file} tells of {number} tokens, and the file has {size} "
+                f"bytes, of which each token takes {np.dtype(dtype).itemsize}. It may be cut off."
+            )
+        return np.memmap(file, dtype, mode="r", offset=4 * HEADER)
+    tokens = np.memmap(file, np.uint16, mode="r")
+    # Of 32 bits the upper half is next to nothing, in every token.
+    lower, upper = tokens[:CHUNK:2], tokens[1:CHUNK:2]
+    if size % 4 == 0 and upper.max() <= 3 < lower.max():
+        return np.memmap(file, np.uint32, mode="r")
+    return tokens
 
 
 class Windows(grain.sources.RandomAccessDataSource):

@@ -108,7 +108,7 @@ class GPT(nnx.Module):
         """Loads the weights of a GPT2LMHeadModel, or a GPT2Model, of transformers.
 
         Args:
-            path: Its `model.safetensors`.
+            path: Its `model.safetensors`, or `model.safetensors.index.json`.
             config: Of the same sizes. Rows that pad the vocabulary are zero.
             rngs: For the dropout.
 

@@ -6,6 +6,9 @@ of the leaf. A tensor of several leaves has several paths, and the pattern's fir
 them.
 """
 
+import contextlib
+import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,11 +19,12 @@ import einops
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 Names = Mapping[str, tuple[str, ...]]
 Leaves = dict[str, Any]  # arrays by path
+_logger = logging.getLogger(__name__)
 
 
 def linear(
@@ -71,16 +75,20 @@ def make(
 ) -> Any:
     """A model whose parameters `get` gives, from arrays of their shapes.
 
-    Its initial parameters are not drawn: nothing asks for them where its random streams, which
-    are all the rest of its state, are made.
+    Its initial parameters are not drawn, but for those that `get` leaves out: nothing asks for
+    them where the rest of its state, random streams above all, is made.
     """
     abstract = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
     like = {path: np.broadcast_to(False, x.shape) for path, x in get_leaves(abstract).items()}
     leaves = get(like)
-    graph, params, _ = nnx.split(abstract, nnx.Param, ...)
+
+    def is_given(path: tuple[Any, ...], _: Any) -> bool:
+        return "/".join(map(str, path)) in leaves
+
+    graph, params, _ = nnx.split(abstract, is_given, ...)
     for path, leaf in nnx.to_flat_state(params):
         leaf.set_value(jnp.asarray(leaves["/".join(map(str, path))], leaf.get_value().dtype))
-    rest = nnx.jit(lambda rngs: nnx.state(kind(config, rngs=rngs), nnx.Not(nnx.Param)))(rngs)
+    rest = nnx.jit(lambda rngs: nnx.state(kind(config, rngs=rngs), nnx.Not(is_given)))(rngs)
     return nnx.merge(graph, params, rest)
 
 
@@ -91,27 +99,39 @@ def read(
     *,
     prefix: str,
     ignore: str = "$^",
+    leave_out: str = "$^",
     tied: Mapping[str, str] = MappingProxyType({}),
 ) -> Leaves:
     """Reads leaves from a file.
 
     Args:
-        path: A safetensors file.
+        path: A safetensors file, or the index of several, `model.safetensors.index.json`.
         like: Arrays of the shapes that the leaves shall have.
         names: Which tensor holds which leaf. Leaves that are not in `like` are left out.
         prefix: What may stand before the names in the file.
         ignore: A regular expression for names in the file that are not needed.
+        leave_out: The same, for names that are told in a warning of the logger.
         tied: Names in the file that may only repeat another one.
 
     Returns:
         NumPy arrays of the dtypes in the file.
 
     Raises:
-        ValueError: If names or shapes in the file do not fit. It lists all of them.
+        ValueError: If names or shapes in the file do not fit. It lists all of them. Or if the
+            path is no such file; it says what it is.
     """
-    with safe_open(path, framework="flax") as file:
-        stored = {name.removeprefix(prefix): name for name in file.keys()}  # noqa: SIM118
-        shapes = {name: tuple(file.get_slice(stored[name]).get_shape()) for name in stored}
+    with _opened(Path(path)) as files:
+
+        def get_tensor(name: str) -> Any:
+            return files[stored[name]].get_tensor(stored[name])
+
+        stored = {name.removeprefix(prefix): name for name in files}
+        if left_out := sorted(name for name in stored if re.search(leave_out, name)):
+            _logger.warning("%s: left out %s.", path, ", ".join(left_out))
+        stored = {name: full for name, full in stored.items() if name not in left_out}
+        shapes = {
+            name: tuple(files[full].get_slice(full).get_shape()) for name, full in stored.items()
+        }
         expected = {name: tensor.shape for name, tensor in _tensors(like, names)}
         held = {path for _, *paths in names.values() for path in paths}
         problems = [
@@ -131,7 +151,7 @@ def read(
                 f"{name}: differs from {other}, to which it is tied here"
                 for name, other in tied.items()
                 if {name, other} <= shapes.keys()
-                and not np.array_equal(*(file.get_tensor(stored[n]) for n in (name, other)))
+                and not np.array_equal(*map(get_tensor, (name, other)))
             ),
         ]
         if problems:
@@ -141,12 +161,62 @@ def read(
         for template, pattern, paths in _held(like, names):
             blocks = _blocks(template, [like[path] for path in paths])
             sizes = dict(zip(pattern.split("->")[1].split(), blocks.shape[1:], strict=True))
-            tensors = [file.get_tensor(stored[template.format(i)]) for i in range(len(blocks))]
+            tensors = [get_tensor(template.format(i)) for i in range(len(blocks))]
             blocks = np.stack([einops.rearrange(np.asarray(t), pattern, **sizes) for t in tensors])
             parts = [blocks] if len(paths) == 1 else np.moveaxis(blocks, 1, 0)
             for leaf, part in zip(paths, parts, strict=True):
                 leaves[leaf] = part.reshape(like[leaf].shape)
         return leaves
+
+
+def without_head(get: Callable[..., Leaves]) -> Callable[[Leaves], Leaves]:
+    """`read` for a vision model's leaves but those of its head, whatever head the file has."""
+
+    def get_body(like: Leaves) -> Leaves:
+        body = {path: leaf for path, leaf in like.items() if not path.startswith("head/")}
+        return get(body, leave_out=r"^(classifier|pooler)\.")
+
+    return get_body
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[dict[str, Any]]:
+    """The open file of each tensor, by its name."""
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for part in _parts(path):
+            try:
+                file = stack.enter_context(safe_open(part, framework="flax"))
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{part} is {_what(part)} ({error}).") from None
+            files |= dict.fromkeys(file.keys(), file)
+        yield files
+
+
+def _parts(path: Path) -> list[Path]:
+    """The file, or those of an index."""
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = set(json.loads(path.read_text())["weight_map"].values())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(
+            f"{path} is no index of safetensors files, which has a weight_map from the names of "
+            "tensors to those of files."
+        ) from None
+    return [path.parent / name for name in sorted(names)]
+
+
+def _what(path: Path) -> str:
+    """What a path is that is no safetensors file, and what to do."""
+    if path.is_dir():
+        return "a folder: name the file in it, model.safetensors or model.safetensors.index.json"
+    if not path.exists():
+        return "not there"
+    with path.open("rb") as file:
+        if file.read(50).startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS, and the file itself was not fetched: run git lfs pull"
+    return "no safetensors file, or it is cut off: fetch it again"
 
 
 def write(path: str | Path, leaves: Leaves, names: Names, *, prefix: str) -> None:

@@ -103,14 +103,17 @@ class Swin(nnx.Module):
         path: str | Path,
         config: Config = CONFIGS["small"],
         *,
+        new_head: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> "Swin":
         """Loads the weights of a SwinForImageClassification of transformers.
 
         Args:
-            path: Its `model.safetensors`.
+            path: Its `model.safetensors`, or `model.safetensors.index.json`.
             config: Of the same sizes, without linear attention.
-            rngs: For the stochastic depth.
+            new_head: Whether the classifier is new, as for a file that has none, or one of other
+                classes. What is left out of the file is told in a warning of the logger.
+            rngs: For the stochastic depth, and for the new classifier.
 
         Raises:
             ValueError: If names or shapes in the file do not fit. It lists all of them.
@@ -122,6 +125,8 @@ class Swin(nnx.Module):
             prefix="swin.",
             ignore="relative_position_index$",  # which old files have
         )
+        if new_head:
+            get = hugging_face.without_head(get)
         return hugging_face.make(cls, config, rngs or nnx.Rngs(0), get)
 
 

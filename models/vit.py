@@ -116,19 +116,24 @@ class ViT(nnx.Module):
         path: str | Path,
         config: Config = CONFIGS["base"],
         *,
+        new_head: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> "ViT":
         """Loads the weights of a ViTForImageClassification of transformers.
 
         Args:
-            path: Its `model.safetensors`.
+            path: Its `model.safetensors`, or `model.safetensors.index.json`.
             config: Of the same sizes, with layer norms and a class token.
-            rngs: For the stochastic depth.
+            new_head: Whether the classifier is new, as for a file that has none, or one of other
+                classes. What is left out of the file is told in a warning of the logger.
+            rngs: For the stochastic depth, and for the new classifier.
 
         Raises:
             ValueError: If names or shapes in the file do not fit. It lists all of them.
         """
         get = functools.partial(hugging_face.read, path, names=_NAMES, prefix="vit.")
+        if new_head:
+            get = hugging_face.without_head(get)
         return hugging_face.make(cls, config, rngs or nnx.Rngs(0), get)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from grain.sharding import ShardOptions
 
+from examples import text_data
 from examples.shards import ALL_ROWS
 from examples.text_data import Windows, load_corpus, training_batches, validation_batches
 
@@ -45,6 +46,39 @@ def test_nanogpt_tokens_are_mapped_not_read(tmp_path):
         np.testing.assert_array_equal(corpus.validation, np.arange(50))
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("has_header", [False, True])
+def test_tokens_of_both_widths_with_and_without_a_header_are_the_same(tmp_path, dtype, has_header):
+    kind = {np.uint16: 20240520, np.uint32: 20240801}[dtype]
+    expected = {"train": np.arange(1000) * 50, "val": np.arange(1, 50)}
+    for name, tokens in expected.items():
+        header = np.zeros(256 * has_header, np.int32)
+        header[:3] = (kind, 1, tokens.size)[: header.size]
+        with (tmp_path / f"{name}.bin").open("wb") as file:
+            file.write(header.tobytes() + tokens.astype(dtype).tobytes())
+    corpus = load_corpus(tmp_path)
+    assert isinstance(corpus.train, np.memmap)
+    np.testing.assert_array_equal(corpus.train, expected["train"])
+    np.testing.assert_array_equal(corpus.validation, expected["val"])
+    if has_header:
+        (tmp_path / "val.bin").write_bytes((tmp_path / "val.bin").read_bytes()[:-4])
+        with pytest.raises(ValueError, match=r"tells of 49 tokens.* It may be cut off"):
+            load_corpus(tmp_path)
+
+
+def test_a_token_outside_of_the_vocabulary_is_found_wherever_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_data, "CHUNK", 64)
+    np.arange(50, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    tokens = np.arange(1000, dtype=np.uint16)
+    tokens[777] = 60000
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"train\.bin has the token 60000 at position 777"):
+        load_corpus(tmp_path)
+    np.array([1, 70000], np.uint32).tofile(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match=r"train\.bin has the token 70000 at position 1,"):
+        load_corpus(tmp_path)
+
+
 def test_bad_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         load_corpus(tmp_path / "absent")
@@ -57,7 +91,7 @@ def test_bad_data_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"val\.bin has 3 bytes"):
         load_corpus(tmp_path)
     np.array([7, 50257], np.uint16).tofile(tmp_path / "val.bin")
-    with pytest.raises(ValueError, match=r"token 50257 .* vocabulary of 50257"):
+    with pytest.raises(ValueError, match=r"val\.bin has the token 50257 at position 1, outside"):
         load_corpus(tmp_path)
     with pytest.raises(ValueError, match="too few for one window of 8"):
         Windows(np.zeros(8, np.uint8), 8)

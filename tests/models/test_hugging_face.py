@@ -1,6 +1,7 @@
 """True to transformers: the golden files of tests/data, made by make_golden.py there."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -128,3 +129,65 @@ def test_fine_tunes_with_another_head():
     model = vit.ViT.from_safetensors(DATA / "vit.safetensors", VIT)
     model.head = nnx.Linear(16, 2, rngs=nnx.Rngs(0))
     assert forward(model, jnp.zeros((1, 12, 12, 3))).shape == (1, 2)
+
+
+def test_an_index_of_several_files_is_one_file(tmp_path):
+    tensors = load_file(DATA / "gpt2.safetensors")
+    names = sorted(tensors)
+    parts = {"1.safetensors": names[::2], "2.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    expect_golden(gpt.GPT.from_safetensors(index, GPT), "gpt2")
+    (tmp_path / "2.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"2\.safetensors is not there"):
+        gpt.GPT.from_safetensors(index, GPT)
+    for text in ("", "[]", '{"weight_map": 3}', "{}"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="is no index of safetensors files"):
+            gpt.GPT.from_safetensors(index, GPT)
+
+
+def test_what_is_no_safetensors_file_is_said(tmp_path):
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="is not there"):
+        gpt.GPT.from_safetensors(file, GPT)
+    with pytest.raises(ValueError, match="is a folder: name the file in it"):
+        gpt.GPT.from_safetensors(tmp_path, GPT)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n")
+    with pytest.raises(ValueError, match=r"a pointer of Git LFS.* run git lfs pull"):
+        gpt.GPT.from_safetensors(file, GPT)
+    whole = (DATA / "gpt2.safetensors").read_bytes()
+    for content in (b"", b"PK\x03\x04" + bytes(100), whole[:50], whole[:-10]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="no safetensors file, or it is cut off"):
+            gpt.GPT.from_safetensors(file, GPT)
+
+
+def backbone(tensors):
+    """As published: without the model's name and the classifier, and with a pooler."""
+    kept = {name: t for name, t in tensors.items() if "classifier" not in name}
+    bare = {name.partition(".")[2]: t for name, t in kept.items()}
+    return bare | {"pooler.dense.weight": np.ones((16, 16), np.float32)}
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("change", [backbone, dict], ids=["backbone", "other classes"])
+def test_a_backbone_gets_a_new_head_on_request(tmp_path, caplog, name, change):
+    kind, config = {"vit": (vit.ViT, VIT), "swin": (swin.Swin, SWIN)}[name]
+    path = rewritten(tmp_path, name, change)
+    with pytest.raises(ValueError, match="does not fit this config"):
+        kind.from_safetensors(path, dataclasses.replace(config, num_classes=7))
+    model = kind.from_safetensors(
+        path, dataclasses.replace(config, num_classes=7), new_head=True, rngs=nnx.Rngs(3)
+    )
+    left_out = "pooler.dense.weight" if change is backbone else "classifier.bias, classifier.weight"
+    assert f"left out {left_out}." in caplog.text
+    kernel = np.asarray(model.head.kernel[...])
+    assert kernel.shape[1] == 7
+    assert 0 < kernel.std() < 1
+    whole = kind.from_safetensors(DATA / f"{name}.safetensors", config)
+    model.head = whole.head
+    expect_golden(model, name)
