@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +12,13 @@ import grain
 import numpy as np
 from absl import flags
 from grain.sharding import ShardOptions
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from examples import augmentation, shards
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
+Image.init()
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 class Example(NamedTuple):
@@ -52,11 +54,27 @@ class Files(grain.sources.RandomAccessDataSource):
 
     def __getitem__(self, index: int) -> Example:
         try:
-            with Image.open(self.paths[index]) as file:
-                image = file.convert(self._mode)
-        except (OSError, SyntaxError, ValueError):  # what Pillow raises for broken files
+            image = _decoded(self.paths[index], self._mode)
+        except Exception:  # Pillow raises almost anything for broken files
             image = None
         return Example(index, image, self._labels[index])
+
+
+def _decoded(path: str, mode: str) -> Image.Image:
+    """An image upright, in color or gray of 8 bits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata, and of images that are merely large
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":  # gray of 16 or 32 bits, which `convert` would cut off
+                image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64), image.mode))
+            return image.convert(mode)
+
+
+def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
+    """Gray over its whole range: that of 16 bits, or else from the least to the largest value."""
+    low, high = (0, 65535) if mode.startswith("I;16") else (pixels.min(), pixels.max())
+    return np.round((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +117,8 @@ def load_images(path: Path | None, num_channels: int) -> Images:
                 f"--data {path}: no folder {folder}. It takes the layout of ImageNet, "
                 "train/<class>/<image> and val/<class>/<image>."
             )
-    classes = sorted(folder.name for folder in (path / "train").iterdir() if folder.is_dir())
-    others = {folder.name for folder in (path / "val").iterdir() if folder.is_dir()} - set(classes)
+    classes, held_out = (_classes(path / part) for part in ("train", "val"))
+    others = set(held_out) - set(classes)
     if others:
         raise ValueError(f"--data {path}: val has classes that train lacks: {sorted(others)}.")
     mode = "RGB" if num_channels == 3 else "L"
@@ -127,17 +145,37 @@ def _digits() -> Images:
     return Images(train, validation, [str(i) for i in range(10)], mean=(0.305,), std=(0.376,))
 
 
+def _classes(folder: Path) -> list[str]:
+    """The folders of a folder, but those that are hidden."""
+    return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
 def _files(folder: Path, classes: list[str], mode: str) -> Files:
-    found = [
-        (str(file), label)
-        for label, name in enumerate(classes)
-        for file in sorted((folder / name).glob("**/*"))
-        if file.suffix.lower() in SUFFIXES
-    ]
-    if not found:
+    """The images of a folder; what each class has, and what is left out of it, is printed."""
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = [file for file in sorted((folder / name).glob("**/*")) if file.is_file()]
+        found = [str(file) for file in files if _is_image(file.relative_to(folder))]
+        left_out = len(files) - len(found)
+        if left_out or len(classes) <= 20:
+            print(f"{folder / name}: {len(found)} images, {left_out} other files left out")
+        # None may be held out of a class, but one without any to train on is a mistake.
+        if not found and (files or folder.name == "train"):
+            raise ValueError(
+                f"--data: no images in {folder / name}"
+                + (f", where {files[0].name} is none, as the others" if files else "")
+                + ". Give it some, or remove the folder."
+            )
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
         raise ValueError(f"--data: no images in the folders of {folder}.")
-    paths, labels = map(list, zip(*found, strict=True))
     return Files(paths, labels, mode)
+
+
+def _is_image(path: Path) -> bool:
+    """By its suffix; hidden files, and files in hidden folders, are none."""
+    return path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.parts)
 
 
 @dataclasses.dataclass(frozen=True)

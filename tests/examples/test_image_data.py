@@ -6,7 +6,13 @@ from grain.sharding import ShardOptions
 from PIL import Image
 
 from examples import augmentation
-from examples.image_data import Augmentation, load_images, training_batches, validation_batches
+from examples.image_data import (
+    Augmentation,
+    Files,
+    load_images,
+    training_batches,
+    validation_batches,
+)
 
 
 def test_the_digits_are_whole_and_held_apart():
@@ -118,10 +124,80 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"val has classes that train lacks: \['dog'\]"):
         load_images(tmp_path, 3)
     (tmp_path / "val" / "dog").rmdir()
-    with pytest.raises(ValueError, match=r"no images in the folders of .*train"):
+    with pytest.raises(ValueError, match=r"no images in .*train.cat\. Give it some, or remove"):
+        load_images(tmp_path, 3)
+    (tmp_path / "train" / "cat" / "a.xcf").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train.cat, where a\.xcf is none"):
+        load_images(tmp_path, 3)
+    Image.new("L", (4, 4)).save(tmp_path / "train" / "cat" / "a.png")
+    with pytest.raises(ValueError, match=r"no images in the folders of .*val"):
         load_images(tmp_path, 3)
     with pytest.raises(ValueError, match="the digits are 8 x 8 in gray"):
         load_images(None, 3)
+
+
+def test_hidden_folders_and_files_are_no_classes_and_all_that_pillow_reads_counts(
+    image_folder, capsys
+):
+    for part in ("train", "val"):
+        (image_folder / part / ".ipynb_checkpoints").mkdir()
+        inside = image_folder / part / "blue" / ".ipynb_checkpoints"
+        inside.mkdir()
+        Image.new("RGB", (9, 9)).save(inside / "0-checkpoint.png")
+        Image.new("RGB", (9, 9)).save(image_folder / part / "blue" / "more.tif")
+        Image.new("RGB", (9, 9)).save(image_folder / part / "green" / "more.GIF")
+    images = load_images(image_folder, 3)
+    assert images.classes == ["blue", "green"]
+    assert (len(images.train), len(images.validation)) == (12, 8)
+    said = capsys.readouterr().out
+    for part, name, taken, left_out in (
+        ("train", "blue", 6, 2), ("train", "green", 6, 0), ("val", "blue", 4, 1)
+    ):  # fmt: skip
+        folder = image_folder / part / name
+        assert f"{folder}: {taken} images, {left_out} other files left out\n" in said
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_gray_of_16_bits_keeps_its_levels(tmp_path, suffix):
+    ramp = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / f"ramp.{suffix}")
+    for mode in ("L", "RGB"):
+        image = Files([str(tmp_path / f"ramp.{suffix}")], [0], mode)[0].image
+        assert image.mode == mode
+        pixels = np.asarray(image).reshape(64, 64, -1)[..., 0]
+        np.testing.assert_array_equal(pixels, np.round(ramp / 257))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_gray_of_32_bits_goes_from_its_least_to_its_largest_value(tmp_path, dtype):
+    ramp = np.linspace(-1000, 3000, 256).reshape(16, 16).astype(dtype)
+    Image.fromarray(ramp).save(tmp_path / "ramp.tiff")
+    pixels = np.asarray(Files([str(tmp_path / "ramp.tiff")], [0], "L")[0].image)
+    np.testing.assert_allclose(pixels, (ramp + 1000.0) * 255 / 4000, atol=0.6)
+    Image.fromarray(np.full((4, 4), 7, dtype)).save(tmp_path / "flat.tiff")
+    assert not np.asarray(Files([str(tmp_path / "flat.tiff")], [0], "L")[0].image).any()
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
+    pixels = np.zeros((8, 16), np.uint8)
+    pixels[:, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    image = Files([str(tmp_path / "a.png")], [0], "L")[0].image
+    np.testing.assert_array_equal(np.asarray(image), np.rot90(pixels, -1))
+
+
+def test_a_decompression_bomb_is_no_image_and_ends_nothing(tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "bomb.png")
+    Image.new("L", (4, 4)).save(tmp_path / "a.bmp")
+    header = bytearray((tmp_path / "a.bmp").read_bytes())
+    header[18:26] = np.array([60000, 60000], np.int32).tobytes()  # width and height
+    (tmp_path / "damaged.bmp").write_bytes(header)
+    files = Files(
+        [str(tmp_path / name) for name in ("bomb.png", "damaged.bmp", "a.bmp")], [0] * 3, "L"
+    )
+    assert [files[i].image is None for i in range(3)] == [True, True, False]
 
 
 def picture(width=40, height=30):
