@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples import plots, training
+from examples import plots, recorder
 from examples.optimizers import LABELS
 from weyl_optax.dynamics import CollapseMode
 
@@ -72,7 +72,7 @@ def read(folder: Path, name: str) -> Run:
     frames = [dict(np.load(file)) for file in files]
     stacked = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
     steps = np.array([int(file.stem) for file in files])
-    return Run(training.read_metrics(folder, name), steps, **stacked)
+    return Run(recorder.read_metrics(folder, name), steps, **stacked)
 
 
 class Sign(NamedTuple):

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 import tyro
+from filelock import FileLock, Timeout
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from examples import optimizers, placement, processes, results, training
+from examples.checkpoints import Damaged
 from weyl_optax import bound_metrics, spectral_norm
 from weyl_optax.flax import dimension_numbers
 
@@ -109,13 +111,20 @@ def run(
         flags = parse()
         processes.join(flags if isinstance(flags, processes.Flags) else processes.Flags())
         data = prepare(flags)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    resume = " and --resume" if hasattr(flags, "resume") else ""
     try:
         with processes.only_first_prints():
             main(flags, data)
+    except Damaged as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(
+            f"error: {error}. The run is as its last checkpoint has it: once there is space, go on "
+            f"with the same command{resume}."
+        )
     except training.Stopped as stopped:
-        resume = " and --resume" if hasattr(flags, "resume") else ""
         if processes.is_first():
             print(f"\n{stopped}. Go on with the same command{resume}.")
         sys.exit(130)
@@ -136,7 +145,7 @@ def begin(flags: Any) -> None:
     if flags.resume:
         if not file.exists():
             raise ValueError(f"--resume: {folder} has no run. Leave --resume out to begin one.")
-        before = json.loads(file.read_text())
+        before = _read_config(file)
         if different := [key for key in config if config[key] != before.get(key)]:
             raise ValueError(
                 f"--resume: {folder} was begun with other flags. Give "
@@ -147,8 +156,40 @@ def begin(flags: Any) -> None:
         raise ValueError(f"{folder} has a run. Go on with --resume, or give another --out.")
     multihost_utils.sync_global_devices("all have looked")
     if processes.is_first():
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out {folder} is a file. Name a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(config, indent=2) + "\n")
+        _lock(folder)
+        if not flags.resume:
+            file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"--resume: {file} is damaged. Write it anew, by the same command with another --out, "
+            "and copy it here."
+        )
+    return config
+
+
+_locks: list[Any] = []  # a lock ends with its object
+
+
+def _lock(folder: Path) -> None:
+    """Keeps a folder for this process, until that ends."""
+    lock = FileLock(folder / ".lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+        _locks.append(lock)
+    except Timeout:
+        raise ValueError(
+            f"another process trains in {folder}. Wait for it, or give another --out."
+        ) from None
 
 
 def make_mesh(config: Config) -> Mesh:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from examples import optimizers, plots, training
+from examples import optimizers, plots, recorder
 
 COLUMNS = {
     "val_loss": "validation loss",
@@ -18,7 +18,7 @@ COLUMNS = {
 
 def summarize(folder: Path, name: str) -> dict[str, Any]:
     """The result of a run, from its logged steps."""
-    lines = training.read_metrics(folder, name)
+    lines = recorder.read_metrics(folder, name)
     last = lines[-1]
     losses = [line["loss"] for line in lines[-max(1, len(lines) // 10) :]]
     rates = [line["steps_per_second"] for line in lines if "steps_per_second" in line]
@@ -80,7 +80,7 @@ def verdict(runs: dict[str, Any], config: Any, key: str) -> str:
 def report(flags: Any, judged_by: str) -> None:
     """Prints the table of a finished folder and what it says, and draws its pictures."""
     runs = json.loads((flags.out / "summary.json").read_text())["runs"]
-    lines = {name: training.read_metrics(flags.out, name) for name in runs}
+    lines = {name: recorder.read_metrics(flags.out, name) for name in runs}
     pictures = [
         plots.save(plots.loss(lines), flags.out / "loss.png"),
         plots.save(plots.qk_sigma(lines), flags.out / "qk_sigma.png"),

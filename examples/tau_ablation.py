@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import tyro
 
-from examples import nano, optimizers, plots, program, results, training
+from examples import nano, optimizers, plots, program, recorder, results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def main(flags: Flags, tasks: dict[str, nano.Nano]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             config = dataclasses.replace(model.config, tau=tau)
             model.train("adamw2", config, model.data, folder)
-            lines[name][tau] = training.read_metrics(folder, "adamw2")
+            lines[name][tau] = recorder.read_metrics(folder, "adamw2")
             runs[name][f"{tau:g}"] = results.summarize(folder, "adamw2")
             results.write_summary(flags.out, runs)
     rows = [f"{'validation loss':16}" + "".join(f"{f'tau {tau:g}':>11}" for tau in flags.taus)]

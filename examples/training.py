@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import signal
 import time
@@ -16,15 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from examples import optimizers, placement, processes
+from examples.recorder import Recorder
 from weyl_optax import state_shardings
 from weyl_optax.dynamics import watch
 
@@ -104,7 +102,7 @@ def train(
     ):
         step, state = recorder.restore(state, task.batches)
         if 0 < step < plan.steps:
-            same = recorder.has_devices_of(step)
+            same = recorder.was_on_same_devices
             how = "on the same mesh, to the bit" if same else "on another mesh, up to rounding"
             tqdm.write(f"{name} goes on after step {step} {how}.")
         bar = tqdm(
@@ -227,101 +225,6 @@ def _make_validate(graph: nnx.GraphDef, task: Task) -> Callable[[dict[str, Any]]
         return {f"val_{name}": value / count for name, value in total.items()}
 
     return validate
-
-
-class Recorder:
-    """What a run leaves on disk."""
-
-    def __init__(self, folder: Path, name: str, mesh: Mesh):
-        self._file = folder / "metrics.jsonl"
-        self._snapshots = folder / "snapshots" / name
-        self._name = name
-        self._checkpoints = ocp.CheckpointManager(
-            (folder / "checkpoints" / name).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False),
-        )
-        self._devices = {"mesh": dict(mesh.shape), "processes": jax.process_count()}
-        self._board = SummaryWriter(
-            str(folder / "tensorboard" / name), write_to_disk=processes.is_first()
-        )
-        diverged = any(line["loss"] is None for line in read_metrics(folder, name))
-        self.diverged = bool(multihost_utils.broadcast_one_to_all(np.array(diverged)))
-
-    def __enter__(self) -> "Recorder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._board.close()
-        self._checkpoints.close()
-
-    def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[int, Any]:
-        """The newest checkpoint, or step 0. Later lines of `metrics.jsonl` are dropped."""
-        step = self._checkpoints.latest_step()
-        if step is not None:
-            saved = self._checkpoints.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(
-                        jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-                    ),
-                    batches=ocp.args.JsonRestore(),
-                ),
-            )
-            state = saved["state"]
-            batches.set_state(saved["batches"])
-        step = step or 0
-        if not processes.is_first():
-            return step, state
-        lines = _read_lines(self._file)
-        kept = [line for line in lines if line["run"] != self._name or line["step"] <= step]
-        if len(kept) < len(lines):
-            self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        return step, state
-
-    def has_devices_of(self, step: int) -> bool:
-        """Whether the checkpoint of a step comes from as many devices, placed alike."""
-        return self._checkpoints.metadata(step).custom_metadata == self._devices
-
-    def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
-        self._checkpoints.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(batches.get_state())
-            ),
-            custom_metadata=self._devices,
-        )
-
-    def save_snapshot(self, step: int, arrays: dict[str, jax.Array]) -> None:
-        if not processes.is_first():
-            return
-        self._snapshots.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(self._snapshots / f"{step}.npz", **jax.device_get(arrays))
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Adds a line, with null for what is not finite."""
-        self.diverged = not math.isfinite(metrics["loss"])
-        if not processes.is_first():
-            return
-        line = {"run": self._name, "step": step}
-        for key, value in metrics.items():
-            line[key] = jax.tree.map(_finite_or_none, np.asarray(value, float).tolist())
-            for place, scalar in np.ndenumerate(value):
-                self._board.add_scalar("/".join([key, *map(str, place)]), float(scalar), step)
-        with self._file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def read_metrics(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The logged steps of a run, in order."""
-    return [line for line in _read_lines(folder / "metrics.jsonl") if line["run"] == name]
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 class _Stopwatch:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from examples import language, optimizers, placement, train_gpt, training
+from examples import language, optimizers, placement, recorder, train_gpt, training
 from examples.text_data import load_corpus
 from weyl_optax import state_shardings
 from weyl_optax.flax import dimension_numbers
@@ -28,7 +28,7 @@ def run(out, *flags):
 
 
 def lines(out):
-    read = training.read_metrics(out, "adamw2")
+    read = recorder.read_metrics(out, "adamw2")
     return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in read]
 
 
@@ -49,7 +49,7 @@ def on_eight(tmp_path_factory):
     """A whole run, and the folder of one that was stopped at step 6."""
     folder = tmp_path_factory.mktemp("run")
     run(folder / "whole", "--mesh", "data=2,fsdp=4")
-    write = training.Recorder.write
+    write = recorder.Recorder.write
 
     def stop(recorder, step, metrics):
         write(recorder, step, metrics)
@@ -57,7 +57,7 @@ def on_eight(tmp_path_factory):
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Recorder, "write", stop)
+        patch.setattr(recorder.Recorder, "write", stop)
         with pytest.raises(training.Stopped, match="saved at step 6"):
             run(folder / "stopped", "--mesh", "data=2,fsdp=4")
     return folder

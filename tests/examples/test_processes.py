@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from examples import language, processes, train_gpt, training
+from examples import language, processes, recorder, train_gpt
 
 VIRTUAL = "--xla_force_host_platform_device_count=8"
 FLAGS = (
@@ -21,16 +21,16 @@ FLAGS = (
 # Sends SIGTERM to the second process alone, once the loss of step 20 is logged.
 PROGRAM = """
 import os, signal
-from examples import language, processes, program, train_gpt, training
+from examples import language, processes, program, train_gpt, recorder
 
-write = training.Recorder.write
+write = recorder.Recorder.write
 
 def stop(recorder, step, metrics):
     write(recorder, step, metrics)
     if step == 20 and not processes.is_first():
         os.kill(os.getpid(), signal.SIGTERM)
 
-training.Recorder.write = stop
+recorder.Recorder.write = stop
 program.run(train_gpt.parse, language.prepare, train_gpt.main)
 """
 
@@ -71,14 +71,14 @@ def stopped(tmp_path_factory):
 
 def test_two_processes_have_the_losses_of_one_and_go_on_as_one(stopped, tmp_path, capsys):
     out = shutil.copytree(stopped[0], tmp_path / "two")
-    two = training.read_metrics(out, "adamw2")
+    two = recorder.read_metrics(out, "adamw2")
     assert [line["step"] for line in two] == [1, *range(2, 21, 2)]
     run(tmp_path / "one")
-    one = training.read_metrics(tmp_path / "one", "adamw2")
+    one = recorder.read_metrics(tmp_path / "one", "adamw2")
     capsys.readouterr()
     run(out, "--resume")
     assert "goes on after step 20 on another mesh, up to rounding" in capsys.readouterr().out
-    resumed = training.read_metrics(out, "adamw2")
+    resumed = recorder.read_metrics(out, "adamw2")
     assert resumed[: len(two)] == two
     assert [line["step"] for line in resumed] == [line["step"] for line in one]
     for a, b in zip(resumed, one, strict=True):

@@ -11,7 +11,7 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from examples import language, optimizers, program, train_gpt, training
+from examples import language, optimizers, program, recorder, train_gpt, training
 
 SMALL = (
     "--steps 12 --warmup 3 --batch 4 --sequence-length 16 --log-every 3 --validate-every 6 "
@@ -29,7 +29,7 @@ def run(out, *flags):
 
 def lines(out, name):
     """The logged steps of a run, without its speed."""
-    read = training.read_metrics(out, name)
+    read = recorder.read_metrics(out, name)
     return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in read]
 
 
@@ -81,14 +81,14 @@ class CtrlC:
     """Presses Ctrl-C once the loss of a step is written."""
 
     def __init__(self, monkeypatch, name, step):
-        write = training.Recorder.write
+        write = recorder.Recorder.write
 
         def press(recorder, at, metrics):
             write(recorder, at, metrics)
             if (recorder._name, at) == (name, step):
                 os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(training.Recorder, "write", press)
+        monkeypatch.setattr(recorder.Recorder, "write", press)
 
 
 @pytest.mark.parametrize(("name", "step"), [("adamw2", 6), ("adamw", 1)])
@@ -113,9 +113,9 @@ def test_resumes_from_the_last_checkpoint_after_a_kill(finished, tmp_path, monke
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        write = training.Recorder.write
+        write = recorder.Recorder.write
         patch.setattr(
-            training.Recorder, "write", lambda r, at, m: die() if at == 12 else write(r, at, m)
+            recorder.Recorder, "write", lambda r, at, m: die() if at == 12 else write(r, at, m)
         )
         with pytest.raises(MemoryError):
             run(out, *flags)

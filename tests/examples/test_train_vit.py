@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy_layers import forward
 
-from examples import train_vit, training, vision
+from examples import recorder, train_vit, vision
 
 SMALL = "--steps 6 --warmup 2 --batch 8 --log-every 2 --validate-every 3".split()
 
@@ -20,7 +20,7 @@ def run(out, *flags):
 
 def lines(out, name):
     """The logged steps of a run, without its speed."""
-    read = training.read_metrics(out, name)
+    read = recorder.read_metrics(out, name)
     return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in read]
 
 
@@ -78,7 +78,7 @@ def test_an_image_folder_trains_and_resumes_to_the_same_numbers(image_folder, tm
     class Killed(Exception):
         pass
 
-    write = training.Recorder.write
+    write = recorder.Recorder.write
 
     def kill(recorder, step, metrics):
         if step == 5:
@@ -86,7 +86,7 @@ def test_an_image_folder_trains_and_resumes_to_the_same_numbers(image_folder, tm
         write(recorder, step, metrics)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Recorder, "write", kill)
+        patch.setattr(recorder.Recorder, "write", kill)
         with pytest.raises(Killed):
             run(tmp_path / "out", *flags, "--save-every", "3")
     run(tmp_path / "out", *flags, "--save-every", "3", "--resume")

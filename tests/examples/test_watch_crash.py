@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from examples import crash_page, language, program, watch_crash
-from examples.training import read_metrics
+from examples.recorder import read_metrics
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE = 240_000  # milliseconds, for a busy machine

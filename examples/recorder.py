@@ -1,0 +1,128 @@
+"""What a run leaves on disk: a line for each logged step, TensorBoard, snapshots, checkpoints."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from examples import processes
+from examples.checkpoints import Checkpoints
+
+Line = dict[str, Any]
+
+
+class Recorder:
+    """The record of one run in a folder, which several runs may share."""
+
+    def __init__(self, folder: Path, name: str, mesh: Mesh):
+        self._file = folder / "metrics.jsonl"
+        self._snapshots = folder / "snapshots" / name
+        self._name = name
+        self._checkpoints = Checkpoints(folder / "checkpoints" / name)
+        self._devices = {"mesh": dict(mesh.shape), "processes": jax.process_count()}
+        self._board = SummaryWriter(
+            str(folder / "tensorboard" / name), write_to_disk=processes.is_first()
+        )
+        self._last: Line | None = None  # of the lines of this run
+        self.diverged = False
+        self.was_on_same_devices = True  # the checkpoint that was restored
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._board.close()
+        self._checkpoints.close()
+
+    def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[int, Any]:
+        """The newest checkpoint, or step 0; and a record that ends there."""
+        step = self._checkpoints.latest_step or 0
+        if step:
+            state, rest = self._checkpoints.restore(state)
+            batches.set_state(rest["batches"])
+            self._last = rest["last"]
+            self.diverged = self._last is not None and self._last["loss"] is None
+            self.was_on_same_devices = rest["devices"] == self._devices
+        if processes.is_first():
+            self._end_record_at(step)
+        multihost_utils.sync_global_devices("the record ends at the checkpoint")
+        return step, state
+
+    def _end_record_at(self, step: int) -> None:
+        """Drops what is damaged, and this run's lines after a step; its last line is kept."""
+        lines, damaged = _read(self._file)
+        if damaged:
+            tqdm.write(f"{self._file}: {damaged} damaged lines are left out.")
+        kept = [line for line in lines if line["run"] != self._name or line["step"] <= step]
+        if self._last is not None and self._last not in kept:
+            kept.append(self._last)
+        if damaged or kept != lines:
+            _replace(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
+        """Saves a checkpoint."""
+        rest = {"batches": batches.get_state(), "last": self._last, "devices": self._devices}
+        self._checkpoints.save(step, state, rest)
+
+    def save_snapshot(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        """Saves arrays of a watched step."""
+        if not processes.is_first():
+            return
+        self._snapshots.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(self._snapshots / f"{step}.npz", **jax.device_get(arrays))
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Adds a line, with null for what is not finite."""
+        self.diverged = not math.isfinite(metrics["loss"])
+        line = {"run": self._name, "step": step}
+        for key, value in metrics.items():
+            line[key] = jax.tree.map(_finite_or_none, np.asarray(value, float).tolist())
+            for place, scalar in np.ndenumerate(value):
+                self._board.add_scalar("/".join([key, *map(str, place)]), float(scalar), step)
+        self._last = line
+        if processes.is_first():
+            with self._file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path, name: str) -> list[Line]:
+    """The logged steps of a run, in order."""
+    return [line for line in _read(folder / "metrics.jsonl")[0] if line["run"] == name]
+
+
+def _read(file: Path) -> tuple[list[Line], int]:
+    """The lines of a record, and how many others it has, which are damaged."""
+    if not file.exists():
+        return [], 0
+    texts = file.read_text(errors="replace").splitlines()
+    lines = [line for line in map(_parsed, texts) if line is not None]
+    return lines, len(texts) - len(lines)
+
+
+def _parsed(text: str) -> Line | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    is_line = isinstance(line, dict) and {"run", "step", "loss"} <= line.keys()
+    return line if is_line else None
+
+
+def _replace(file: Path, text: str) -> None:
+    """Writes a whole file, or leaves the one that is there."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, file)
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
