@@ -75,11 +75,13 @@ def run(arguments: list[str], out: Path, seconds: float | None) -> tuple[bool, b
     try:
         if process.wait(seconds) != 0:
             raise SystemExit(f"A training failed: see {out.parent / 'output.txt'}.")
+        is_finished = True
     except subprocess.TimeoutExpired:
+        is_finished = False
+    finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        return False, wait_for_workers(process.pid)
-    return True, wait_for_workers(process.pid)
+    return is_finished, wait_for_workers(process.pid)
 
 
 def wait_for_workers(group: int) -> bool:

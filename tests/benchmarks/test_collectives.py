@@ -16,6 +16,7 @@ def moved_by_adamw2(tree, layout):
     return sharding.collectives(sharding.compile_update(solver, params, state).as_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", MOST)
 def test_few_collectives_and_no_weight_moves(layout):
     tree = sharding.gpt2("gpt2-small")
@@ -25,6 +26,7 @@ def test_few_collectives_and_no_weight_moves(layout):
     assert sharding.largest(moved) < smallest / 20
 
 
+@pytest.mark.slow
 def test_layers_apart_are_moved_together():
     tree = trees.unstacked(sharding.gpt2("gpt2-small", num_layers=4))
     assert len(moved_by_adamw2(tree, "fsdp-8")) <= 20

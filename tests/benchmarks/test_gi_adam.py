@@ -1,8 +1,11 @@
 """The published direction of GI-Adam: it trains at rates at which Adam fails, as warmup does."""
 
+import pytest
+
 from benchmarks import gi_adam
 
 
+@pytest.mark.slow
 def test_gi_adam_trains_where_adam_fails_and_as_well_where_it_does_not():
     low, high = (
         {

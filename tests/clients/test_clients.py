@@ -129,6 +129,7 @@ MAXTEXT = {
 }
 
 
+@pytest.mark.slow
 def test_maxtext_layout_with_layers_on_axis_1():
     model = MaxText(axis=1)
     params = model.init(jax.random.key(0), TOKENS)["params"]
@@ -169,6 +170,7 @@ def test_the_muon_numbers_of_maxtext_leave_embedding_norms_and_head_unbounded():
     assert positive == {path: entry for path, entry in MAXTEXT.items() if path not in free}
 
 
+@pytest.mark.slow
 def test_nanodo_layout_in_partitioned_boxes():
     class NanoDO(nn.Module):
         @nn.compact
@@ -292,6 +294,7 @@ class ViT(nn.Module):
         return nn.Dense(5, kernel_init=nn.initializers.zeros, name="head")(x.mean(1))
 
 
+@pytest.mark.slow
 def test_big_vision_layout_of_a_scanned_vit():
     model, labels = ViT(), jnp.arange(3)
     images = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
@@ -345,6 +348,7 @@ class EquinoxModel(eqx.Module):
         return jax.vmap(self.mlp)(self.attention(x, x, x))
 
 
+@pytest.mark.slow
 def test_equinox_as_its_documentation_trains():
     model = EquinoxModel(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 6, D))
@@ -385,6 +389,7 @@ def test_equinox_as_its_documentation_trains():
     assert jnp.isfinite(loss(model, x))
 
 
+@pytest.mark.slow
 def test_haiku():
     def forward(tokens):
         init = hk.initializers.VarianceScaling()

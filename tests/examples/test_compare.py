@@ -74,6 +74,7 @@ def test_the_report_takes_the_settings_from_the_first_seed_and_the_mean_over_all
     assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_the_table_has_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "RATES", (1e-3, 3e-3))
     flags = compare.Flags(

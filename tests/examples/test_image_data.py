@@ -76,6 +76,7 @@ def test_targets_have_the_labels_and_smoothing():
     np.testing.assert_array_equal(batch["target"][:5].argmax(1), labels)
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_by_workers_and_broken_files_are_named_and_skipped(image_folder, capfd):
     images = load_images(image_folder, 3)
     assert images.classes == ["blue", "green"]

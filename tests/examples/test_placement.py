@@ -63,12 +63,14 @@ def on_eight(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_numbers_of_one_device(on_eight, tmp_path, monkeypatch, capsys):
     use_devices(monkeypatch, 1)
     run(tmp_path / "one")
     assert_close(lines(on_eight / "whole"), lines(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_resumes_on_the_same_mesh_to_the_bit(on_eight, tmp_path, capsys):
     shutil.copytree(on_eight / "stopped", tmp_path / "out")
     run(tmp_path / "out", "--mesh", "data=2,fsdp=4", "--resume")
@@ -76,6 +78,7 @@ def test_resumes_on_the_same_mesh_to_the_bit(on_eight, tmp_path, capsys):
     assert "adamw2 goes on after step 6 on the same mesh, to the bit." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_resumes_on_four(on_eight, tmp_path, monkeypatch, capsys):
     use_devices(monkeypatch, 4)
     shutil.copytree(on_eight / "stopped", tmp_path / "out")
@@ -105,6 +108,7 @@ def test_the_largest_axis_that_is_no_layer_is_divided(task):
     assert placement.leaf_sharding((), (104, 1001), mesh).spec == P("fsdp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adamw2", "muon_bound", "schedule_free", "lamb"])
 def test_no_moment_is_ever_whole_on_a_device(task, name):
     config = optimizers.Settings()

@@ -69,6 +69,7 @@ def stopped(tmp_path_factory):
     return out, [text for text, _ in said]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_and_go_on_as_one(stopped, tmp_path, capsys):
     out = shutil.copytree(stopped[0], tmp_path / "two")
     two = recorder.read_metrics(out, "adamw2")
@@ -87,6 +88,7 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(stopped, tmp_path
             np.testing.assert_allclose(a.get(key, 0), b.get(key, 0), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_first_process_speaks_and_writes_alone(stopped):
     out, (first, second) = stopped
     assert "4 of 4 devices: data=2, fsdp=2." in first

@@ -47,6 +47,7 @@ def biggest(folder):
     return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
+@pytest.mark.slow
 def test_two_checkpoints_are_kept(finished):
     kept = {f.name for f in (finished / "checkpoints" / "adamw2").iterdir()}
     assert kept == {"8", "12"}
@@ -61,6 +62,7 @@ TORN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", TORN.values(), ids=TORN)
 def test_a_damaged_record_ends_where_the_checkpoint_does(finished, out, change, capsys):
     record = out / "metrics.jsonl"
@@ -74,6 +76,7 @@ def test_a_damaged_record_ends_where_the_checkpoint_does(finished, out, change, 
     assert summaries[0]["adamw2"]["val_loss"] == summaries[1]["adamw2"]["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_record_that_is_gone_begins_again_at_the_checkpoint(finished, out):
     (out / "metrics.jsonl").unlink()
     run(out, "--resume")
@@ -97,6 +100,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(out, damage, capsys):
     damage(checkpoint(out, 12))
@@ -107,6 +111,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(out, damage, cap
     assert (checkpoint(out, 12).parent / "damaged-0-12").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_one_before(finished, out, capsys):
     flip(biggest(checkpoint(out, 12)))
     run(out, "--resume")
@@ -115,6 +120,7 @@ def test_a_run_goes_on_from_the_one_before(finished, out, capsys):
     assert checkpoint(out, 12).is_dir()
 
 
+@pytest.mark.slow
 def test_where_no_checkpoint_is_whole_it_is_said_and_the_run_can_begin_again(finished, out):
     for step in (8, 12):
         flip(biggest(checkpoint(out, step)))
@@ -124,6 +130,7 @@ def test_where_no_checkpoint_is_whole_it_is_said_and_the_run_can_begin_again(fin
     assert lines(out) == lines(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "{", "[]", "\0" * 20])
 def test_a_damaged_config_is_named(out, text):
     (out / "config.json").write_text(text)
@@ -149,6 +156,7 @@ def test_a_file_in_place_of_the_folder_and_a_full_disk_are_one_line(tmp_path, mo
         assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(out):
     """The first is this one, which holds the folder to its end."""
     run(out, "--resume")

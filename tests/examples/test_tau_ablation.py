@@ -7,6 +7,7 @@ import pytest
 from examples import program, tau_ablation
 
 
+@pytest.mark.slow
 def test_table_and_picture(tmp_path, capsys):
     flags = tau_ablation.Flags(models=("swin",), taus=(0.01,), steps=2, out=tmp_path / "out")
     tau_ablation.main(flags, tau_ablation.prepare(flags))

@@ -40,6 +40,7 @@ def finished(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_leaves_a_whole_run_folder(finished, capsys):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["config"] == json.loads((finished / "config.json").read_text())
@@ -57,6 +58,7 @@ def test_leaves_a_whole_run_folder(finished, capsys):
         assert (finished / picture).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_watch_logs_the_terms_of_every_block(finished):
     for name in ("adamw", "adamw_warmup", "adamw2"):
         terms = {
@@ -70,6 +72,7 @@ def test_watch_logs_the_terms_of_every_block(finished):
         assert b"watch/blocks/3/W_qW_k" in events.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_runs_see_the_same_weights_and_batches(finished):
     firsts = [lines(finished, name)[0]["loss"] for name in ("adamw", "adamw_warmup", "adamw2")]
     assert firsts[0] == firsts[1] == firsts[2]
@@ -91,6 +94,7 @@ class CtrlC:
         monkeypatch.setattr(recorder.Recorder, "write", press)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "step"), [("adamw2", 6), ("adamw", 1)])
 def test_resumes_after_ctrl_c_to_the_same_numbers_to_the_bit(
     finished, tmp_path, monkeypatch, name, step
@@ -105,6 +109,7 @@ def test_resumes_after_ctrl_c_to_the_same_numbers_to_the_bit(
     assert lines(out, name) == lines(finished, name)
 
 
+@pytest.mark.slow
 def test_resumes_from_the_last_checkpoint_after_a_kill(finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
     flags = (*WATCHED, "--runs", "adamw2", "--save-every", "4")
@@ -124,6 +129,7 @@ def test_resumes_from_the_last_checkpoint_after_a_kill(finished, tmp_path, monke
     assert lines(out, "adamw2") == lines(finished, "adamw2")
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumes_to_itself(finished, capsys):
     before = (finished / "metrics.jsonl").read_text()
     run(finished, *WATCHED, "--resume")
@@ -131,6 +137,7 @@ def test_a_finished_run_resumes_to_itself(finished, capsys):
     assert "AdamW², no warmup" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_its_run_and_the_others_go_on(tmp_path, capsys):
     out = tmp_path / "out"
     run(out, "--runs", "adamw", "adamw2", "--learning-rate", "1e30")
@@ -144,6 +151,7 @@ def test_a_loss_that_is_not_finite_ends_its_run_and_the_others_go_on(tmp_path, c
     assert "diverged at 3" in text.out
 
 
+@pytest.mark.slow
 def test_accumulation_takes_the_same_steps(tmp_path):
     logged = []
     for parts in ("1", "4"):
@@ -162,6 +170,7 @@ def test_accumulation_takes_the_same_steps(tmp_path):
         np.testing.assert_allclose(one["loss"], four["loss"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_trains_on_nanogpt_tokens_in_bfloat16_without_bias(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in ("train.bin", "val.bin"):
@@ -202,6 +211,7 @@ def test_bad_flags_are_errors_that_say_what_to_write(flags, message, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_no_run_is_lost_or_mixed(finished):
     with pytest.raises(ValueError, match=r"has a run. Go on with --resume"):
         run(finished, *WATCHED)

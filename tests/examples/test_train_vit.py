@@ -24,6 +24,7 @@ def lines(out, name):
     return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in read]
 
 
+@pytest.mark.slow
 def test_leaves_a_whole_run_folder_with_the_accuracy(tmp_path, capsys):
     out = tmp_path / "out"
     run(out, "--runs", "adamw", "adamw2")
@@ -43,6 +44,7 @@ def test_leaves_a_whole_run_folder_with_the_accuracy(tmp_path, capsys):
         assert (out / picture).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swin-nano", "flatten-nano"])
 def test_the_accuracy_is_the_share_of_the_digits_that_are_right(tmp_path, name):
     flags = train_vit.parse(
@@ -61,6 +63,7 @@ def test_the_accuracy_is_the_share_of_the_digits_that_are_right(tmp_path, name):
     assert len(last["qk_sigma"]) == 2 + 4  # blocks
 
 
+@pytest.mark.slow
 def test_an_image_folder_trains_and_resumes_to_the_same_numbers(image_folder, tmp_path, capsys):
     flags = (
         *("--data", str(image_folder), "--runs", "adamw", "--workers", "1", "--epochs", "4"),

@@ -37,6 +37,7 @@ def browser():
         browser.close()
 
 
+@pytest.mark.slow
 def test_frames_and_terms_are_those_of_the_steps(finished):
     blocks, heads, tokens = 4, 4, 17
     for name in crash_page.RUNS:
@@ -54,6 +55,7 @@ def test_frames_and_terms_are_those_of_the_steps(finished):
             assert starts[0][key] == starts[1][key], key
 
 
+@pytest.mark.slow
 def test_a_gpt_is_measured_as_well(tmp_path):
     flags = watch_crash.parse(["--out", str(tmp_path / "run")])
     experiment = watch_crash.prepare(flags)
@@ -76,6 +78,7 @@ def test_a_gpt_is_measured_as_well(tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_in_a_browser(finished, browser, scheme):
     page = browser.new_page(color_scheme=scheme)

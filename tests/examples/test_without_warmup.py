@@ -80,6 +80,7 @@ def recorded(corpus):
     }
 
 
+@pytest.mark.slow
 def test_the_estimates_are_within_their_targets_from_the_second_step_on(recorded):
     for kind, median, worst in (("update", 5e-3, 0.1), ("weight", 1e-3, 0.02)):
         error = 1 - recorded[f"{kind}_found"][1:] / recorded[kind][1:]
@@ -91,6 +92,7 @@ def test_the_estimates_are_within_their_targets_from_the_second_step_on(recorded
         assert np.quantile(error, 0.99) < worst
 
 
+@pytest.mark.slow
 def test_no_matrix_grows_by_more_than_rule_1_and_the_error_of_the_estimate(recorded):
     growth = recorded["moved"] / recorded["weight"]
     ratio = recorded["update"] / recorded["update_found"]
@@ -102,6 +104,7 @@ def test_no_matrix_grows_by_more_than_rule_1_and_the_error_of_the_estimate(recor
     assert growth.max() > 1 + 0.5 * TAU  # the bound was reached
 
 
+@pytest.mark.slow
 def test_trains_without_warmup_where_adamw_does_not(corpus, tmp_path):
     for name in ("adamw", "adamw2"):
         language.train(name, CONFIG, corpus, tmp_path)

@@ -61,6 +61,7 @@ def test_layers_of_several_kinds():
     np.testing.assert_allclose(found["conv"], norm(step(inputs)) / norm(before(inputs)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_blocks_of_a_gpt():
     """Of stacked blocks; the first one's query and key see the normed embedding."""
     config = Config(

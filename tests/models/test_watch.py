@@ -72,6 +72,7 @@ def test_terms_of_the_weights(gpt):
                 )
 
 
+@pytest.mark.slow
 def test_norms_at_the_inputs_are_those_of_a_model_unrolled_by_hand(gpt):
     model, found = gpt
     graph, stacked = nnx.split(model.blocks)

@@ -70,6 +70,7 @@ MOST = {  # median, 90th percentile
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", adversarial.MOVES)
 def test_what_is_new_in_each_step_is_seen_at_once(name):
     ratio = overstep(adversarial.MOVES[name])[2:]

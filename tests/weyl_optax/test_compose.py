@@ -88,6 +88,7 @@ def test_masked_with_a_specification_of_the_whole_tree():
     assert_close(updates, expected | {"stack": GRADS["stack"]})
 
 
+@pytest.mark.slow
 def test_partition():
     solver = optax.partition(
         {"ours": adamw2(0.1, tau=0.01), "theirs": optax.adamw(0.1)},
@@ -101,6 +102,7 @@ def test_partition():
     assert "b/scale" not in bound_metrics(state)
 
 
+@pytest.mark.slow
 def test_inject_hyperparams_with_all_defaults():
     updates, state = steps(optax.inject_hyperparams(adamw2)(learning_rate=0.1))
     assert_close(updates, steps(adamw2(0.1))[0])
@@ -348,6 +350,7 @@ def test_scan_equals_a_loop():
     assert_close(scanned, params)
 
 
+@pytest.mark.slow
 def test_vmap_over_an_ensemble_equals_its_members():
     solver = adamw2(0.1, tau=0.01)
     sizes = jnp.array([1.0, 0.1, 10.0])
@@ -369,6 +372,7 @@ def test_eval_shape_of_init_is_the_shape_of_init():
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, concrete)
 
 
+@pytest.mark.slow
 def test_update_keeps_the_shapes_and_dtypes_of_the_state():
     for dtype in DTYPES:
         params = {"w": jnp.ones((3, 9, 6), dtype), "b": jnp.ones(2, dtype)}

@@ -103,6 +103,7 @@ def smooth_adamw2(learning_rate, tau):
     return adamw2(learning_rate, tau=tau, eps_root=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [smooth_adamw2, bounded_sgd])
 @pytest.mark.parametrize("tau", [0.01, 1.0])  # bounded, and not
 def test_through_an_update_equals_finite_differences(x64, make, tau):
@@ -126,6 +127,7 @@ def test_through_an_update_equals_finite_differences(x64, make, tau):
         np.testing.assert_allclose(derivative, expected, rtol=2e-2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_through_an_update_with_a_zero_gradient_is_finite():
     """As it is through adamw, with an eps_root."""
     params = {name: jnp.ones(shape) for name, shape in PARAMS.items()}

@@ -39,7 +39,13 @@ PARAMS = {
 ODD_PARAMS = {jnp.dtype(dtype).name: tree(dtype) for dtype in ODD_DTYPES}
 
 
-@pytest.mark.parametrize("mode", MODES)
+modes = pytest.mark.parametrize(
+    "mode",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m != "no rank promotion")) for m in MODES],
+)
+
+
+@modes
 def test_modes(mode):
     trained = {
         optax.chain(optax.sgd(0.1), scale_by_weyl_bound(0.01)): PARAMS | ODD_PARAMS,
@@ -60,7 +66,7 @@ def test_modes(mode):
         spectral_norm(PARAMS | ODD_PARAMS)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@modes
 def test_zero_updates(mode):
     params = PARAMS["float32"]
     zeros = jax.tree.map(jnp.zeros_like, params)

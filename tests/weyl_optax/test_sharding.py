@@ -79,6 +79,7 @@ def unsharded():
     return train(SOLVER, *arrays(SHAPES, 2))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("layout", range(4))
 def test_sharded_equals_unsharded_and_moves_no_weight(layout, axis_type):
@@ -94,6 +95,7 @@ def test_sharded_equals_unsharded_and_moves_no_weight(layout, axis_type):
     assert largest(collectives(text)) <= LARGEST_BLOCK < SMALLEST_MATRIX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_an_uneven_sharding_equals_the_unsharded(axis):
     params, grads = arrays({"w": (3, 65, 131)}, 2)
@@ -135,6 +137,7 @@ def test_metrics_on_explicit_axes(scalars):
             assert metrics["bounded_fraction"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_an_ensemble_in_shard_map_equals_its_members(axis_type):
     """A member on each device, and a loop over the steps inside."""
@@ -159,6 +162,7 @@ def test_an_ensemble_in_shard_map_equals_its_members(axis_type):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "init_inside"), [(0, True), (1, False), (2, False), (3, True)])
 def test_shards_in_shard_map_are_bounded_as_the_whole(layout, init_inside):
     devices = mesh(AxisType.Auto)
@@ -184,6 +188,7 @@ def test_shards_in_shard_map_are_bounded_as_the_whole(layout, init_inside):
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_an_update_of_shards_is_that_of_the_whole():
     devices = mesh(AxisType.Auto)
     specs = {"stack": P(None, "x", "y"), "short": P("x", "y"), "bias": P("y")}
@@ -223,6 +228,7 @@ def test_partition_specs_that_do_not_fit():
         scale_by_weyl_bound(partition_specs={"a": P("x"), "b": "x"}).init(params)
 
 
+@pytest.mark.slow
 def test_data_parallel_in_shard_map_with_replicated_params():
     solver = adamw2(0.1, tau=0.01)
     params, (grads,) = arrays({"w": (8, 40, 24)}, 1)

@@ -123,6 +123,7 @@ def test_a_short_side_is_exact_in_one_iteration(side):
         np.testing.assert_allclose(found, np.linalg.norm(np.float64(a), 2, axis=(1, 2)), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_the_small_problems_of_all_leaves_are_solved_at_once_and_by_no_library(platform):
     def lowered(num_leaves):

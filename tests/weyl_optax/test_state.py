@@ -250,6 +250,7 @@ def test_pickle_to_the_bit(name):
     assert_same(pickle.loads(pickle.dumps(state)), state)
 
 
+@pytest.mark.slow
 def test_orbax_from_eight_devices_to_four_and_to_one(tmp_path):
     def sharded(tree, count):
         mesh = jax.make_mesh(

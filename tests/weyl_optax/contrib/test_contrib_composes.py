@@ -103,6 +103,7 @@ def test_the_numbers_on_a_mesh_are_those_of_one_device(solver, axis_type):
         assert found[name].sharding.is_equivalent_to(shardings[name], found[name].ndim)
 
 
+@pytest.mark.slow
 @solvers
 def test_with_the_bound_behind_it_no_norm_grows_by_more_than_tau(solver):
     params = jax.tree.map(lambda x: 0.02 * x, arrays(0))
