@@ -1,7 +1,10 @@
 """The checkpoints of a run, of which a damaged one is passed over for the one before."""
 
+import errno
+import gc
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +68,24 @@ class Checkpoints:
         return saved["state"], saved["rest"]
 
     def save(self, step: int, state: Any, rest: dict[str, Any]) -> None:
-        """Adds a checkpoint, and removes all but the two newest."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest)
-            ),
-        )
+        """Adds a checkpoint, and removes all but the two newest.
+
+        Raises:
+            OSError: If there is no space for it.
+        """
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest)
+                ),
+            )
+        except Exception as error:  # of TensorStore, which has one kind for all
+            if os.strerror(errno.ENOSPC) not in str(error):
+                raise
+            error.__traceback__ = None
+            gc.collect()  # of what Orbax had begun, which else complains when the program ends
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder)) from None
         if processes.is_first():
             folder = self._folder / str(step)
             (folder / DIGESTS).write_text(json.dumps(_digests(folder)))

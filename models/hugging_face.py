@@ -155,6 +155,8 @@ def read(
             ),
         ]
         if problems:
+            if any(problem.startswith("classifier.") for problem in problems):
+                problems.append("(new_head=True leaves out the file's classifier, if it has one)")
             raise ValueError(f"{path} does not fit this config:\n  " + "\n  ".join(problems))
 
         leaves: Leaves = {}

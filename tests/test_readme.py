@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = [
     pytest.param(name, block, id=f"{name}-{i}")
-    for name in ("README.md", "docs/many_devices.md")
+    for name in ("README.md", "docs/many_devices.md", "docs/sister_papers.md")
     for i, block in enumerate(
         re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     )

@@ -105,8 +105,9 @@ def test_lists_all_that_does_not_fit():
     assert "classifier.weight: (5, 16) where (7, 16) belongs" in lines
     assert "classifier.bias: (5,) where (7,) belongs" in lines
     assert "layernorm.bias: unknown" in lines
-    # 2 of the head, the biases of 2 x 2 + 1 norms, and the 16 tensors of the third block.
-    assert len(lines) == 2 + 5 + 16
+    # 2 of the head and what to do, the biases of 2 x 2 + 1 norms, and the 16 tensors of the third
+    # block.
+    assert len(lines) == 2 + 1 + 5 + 16
     with pytest.raises(ValueError, match=r"blocks\.5\.layernorm_before\.weight: missing"):
         swin.Swin.from_safetensors(
             DATA / "swin.safetensors", dataclasses.replace(SWIN, depths=(2, 6))
@@ -178,7 +179,7 @@ def backbone(tensors):
 def test_a_backbone_gets_a_new_head_on_request(tmp_path, caplog, name, change):
     kind, config = {"vit": (vit.ViT, VIT), "swin": (swin.Swin, SWIN)}[name]
     path = rewritten(tmp_path, name, change)
-    with pytest.raises(ValueError, match="does not fit this config"):
+    with pytest.raises(ValueError, match="new_head=True leaves out the file's classifier"):
         kind.from_safetensors(path, dataclasses.replace(config, num_classes=7))
     model = kind.from_safetensors(
         path, dataclasses.replace(config, num_classes=7), new_head=True, rngs=nnx.Rngs(3)
