@@ -67,13 +67,10 @@ def main(flags: Flags, task: nano.Nano) -> None:
     """Trains what the table has not, and shows it: a table and a picture."""
     runs = Runs(flags, task)
     if not flags.report:
-        best = {name: tune(grid(name, flags.steps), runs.of(name)) for name in flags.runs}
+        best = {name: search(grid(name, flags.steps), runs.of(name)) for name in flags.runs}
         for name, settings in best.items():
             for seed in range(1, flags.seeds):
                 runs.of(name, seed)(settings)
-        for name, settings in best.items():
-            for rate in near(settings["learning_rate"]):
-                runs.of(name)(settings | {"learning_rate": rate})
     print(report(runs.lines))
     losses = {name: losses_by_rate(runs.lines, name) for name in names(runs.lines)}
     pictures = (
@@ -83,13 +80,26 @@ def main(flags: Flags, task: nano.Nano) -> None:
     print(f"\nPictures: {', '.join(map(str, pictures))}")
 
 
-def tune(grid: Mapping[str, Sequence[Any]], loss: Callable[[Settings], float]) -> Settings:
-    """The best settings, by coordinate descent on a grid, from its middle.
+def search(grid: Mapping[str, Sequence[Any]], loss: Callable[[Settings], float]) -> Settings:
+    """The best settings: those tuned, unless a rate near theirs is better, and so on from there."""
+    best = {name: values[len(values) // 2] for name, values in grid.items()}
+    while True:
+        tuned = tune(grid, loss, best)
+        rates = [tuned | {"learning_rate": rate} for rate in near(tuned["learning_rate"])]
+        best = min([tuned, *rates], key=loss)
+        if best == tuned:
+            return best
+
+
+def tune(
+    grid: Mapping[str, Sequence[Any]], loss: Callable[[Settings], float], start: Settings
+) -> Settings:
+    """The best settings, by coordinate descent on a grid.
 
     Each setting in turn moves to its better neighbour as long as that lowers the loss, until
     none does.
     """
-    best = {name: values[len(values) // 2] for name, values in grid.items()}
+    best = start
     moved = True
     while moved:
         moved = False

@@ -165,6 +165,7 @@ def learning_rate_sweep(losses: dict[str, dict[float, float | None]]) -> Figure:
 def with_and_without(losses: dict[str, dict[float, float | None]]) -> Figure:
     """The same, a panel for each optimizer that was trained with and without the bound."""
     pairs = [(alone, name) for name, alone in ALONE.items() if {name, alone} <= losses.keys()]
+    pairs.sort(key=lambda pair: list(LABELS).index(pair[0]))
     columns = max(1, min(4, len(pairs)))
     rows = max(1, -(-len(pairs) // columns))
     figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
@@ -173,6 +174,7 @@ def with_and_without(losses: dict[str, dict[float, float | None]]) -> Figure:
     for ax, pair in zip(axes.flat, pairs, strict=False):
         _draw_losses(ax, {name: losses[name] for name in pair}, drawn)
         ax.set_title(LABELS[pair[0]].removesuffix(", no warmup"), fontsize="medium")
+        ax.tick_params(labelbottom=True)
         style(ax)
     for ax in axes.flat[len(pairs) :]:
         ax.remove()
@@ -180,8 +182,7 @@ def with_and_without(losses: dict[str, dict[float, float | None]]) -> Figure:
         ax.set_ylabel("validation loss")
     if pairs:
         handles = [
-            Line2D([], [], color=rcParams["text.color"], linestyle=line, marker="o")
-            for line in ("--", "-")
+            Line2D([], [], color=rcParams["text.color"], linestyle=line) for line in ("--", "-")
         ]
         axes[0, 0].legend(handles, ["alone", "with the bound"], frameon=False, fontsize="small")
     return figure

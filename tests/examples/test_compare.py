@@ -18,7 +18,7 @@ def test_tuning_finds_the_minimum_of_a_valley_and_nothing_is_evaluated_beyond_it
         return (a + 3) ** 2 + (a + 3) * (b + 1) + 2 * (b + 1) ** 2 + settings["betas"][0]
 
     asked = []
-    found = compare.tune(grid, loss)
+    found = compare.tune(grid, loss, {name: values[0] for name, values in grid.items()})
     everything = [
         dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
     ]
@@ -29,8 +29,16 @@ def test_tuning_finds_the_minimum_of_a_valley_and_nothing_is_evaluated_beyond_it
 
 def test_tuning_goes_on_past_a_run_that_diverged_and_ends_where_all_did():
     losses = {1: 1.0, 2: 0.5, 3: math.inf, 4: 0.1}
-    assert compare.tune({"x": (1, 2, 3, 4)}, lambda s: losses[s["x"]]) == {"x": 4}
-    assert compare.tune({"x": (1, 2, 3)}, lambda _: math.inf) == {"x": 2}
+    assert compare.tune({"x": (1, 2, 3, 4)}, lambda s: losses[s["x"]], {"x": 3}) == {"x": 4}
+    assert compare.tune({"x": (1, 2, 3)}, lambda _: math.inf, {"x": 2}) == {"x": 2}
+
+
+def test_the_search_goes_on_from_a_better_rate_beyond_a_ridge():
+    """The middle of the rates is 1e-2: descent ends there, and 1e-3 is better."""
+    losses = dict.fromkeys(compare.RATES, 3.0) | {1e-2: 2.0, 1e-3: 1.0, 3e-4: 0.5}
+    grid = {"learning_rate": compare.RATES, "tau": (1, 2, 3)}
+    found = compare.search(grid, lambda s: losses[s["learning_rate"]] + 0.1 * s["tau"])
+    assert found == {"learning_rate": 3e-4, "tau": 1}
 
 
 def run_of(optimizer, rate, loss, seed=0, steps=200, **settings):
