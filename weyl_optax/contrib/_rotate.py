@@ -27,6 +27,7 @@ def rotate(
     *,
     per: Per = "unit",
     decay: jax.typing.ArrayLike = 0.9,
+    partition_specs: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turn the weights of every unit by a given angle, on average, and keep their norms.
 
@@ -50,6 +51,7 @@ def rotate(
             Leaves without a matrix keep the update that they are given.
         per: ``"unit"`` or ``"matrix"``, see :func:`keep_norm`.
         decay: Rate of the exponential moving average, with bias correction.
+        partition_specs: How the params are divided, inside of a :func:`jax.shard_map`.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the params.
@@ -78,13 +80,18 @@ def rotate(
     .. seealso:: :func:`keep_norm`, :func:`lion_ar`
     """
     return optax.chain(
-        _scale_by_angle(angle, weight_vectors(weight_dimension_numbers, per), decay),
-        keep_norm(weight_dimension_numbers, per=per),
+        _scale_by_angle(
+            angle, weight_vectors(weight_dimension_numbers, per), decay, partition_specs
+        ),
+        keep_norm(weight_dimension_numbers, per=per, partition_specs=partition_specs),
     )
 
 
 def _scale_by_angle(
-    angle: optax.ScalarOrSchedule, vectors: WeightDimNumOrFn, decay: jax.typing.ArrayLike
+    angle: optax.ScalarOrSchedule,
+    vectors: WeightDimNumOrFn,
+    decay: jax.typing.ArrayLike,
+    partition_specs: Any | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale every vector's update to `angle` times the norm of the vector, on average."""
     check_at_least("angle", angle, 0)
@@ -93,7 +100,7 @@ def _scale_by_angle(
     def init_fn(params: optax.Params) -> ScaleByAngleState:
         if is_placeholder(params):
             return ScaleByAngleState(0, 0)  # type: ignore
-        leaves = BoundedLeaves(params, vectors)
+        leaves = BoundedLeaves(params, vectors, partition_specs=partition_specs)
         zeros = zero_norms(leaves.of(params), leaves.specs)
         return ScaleByAngleState(jnp.zeros([], jnp.int32), leaves.put(zeros))
 
@@ -106,7 +113,7 @@ def _scale_by_angle(
         del extra_args
         if params is None:
             raise ValueError("rotate needs the params: call update(updates, state, params).")
-        leaves = BoundedLeaves(params, vectors, updates)
+        leaves = BoundedLeaves(params, vectors, updates, partition_specs)
         count = jnp.asarray(optax.safe_increment(state.count))
         eta = value_at(angle, state.count)
         scaled, means = [], []
