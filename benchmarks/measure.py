@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from examples import tables
+
 
 def seconds(calls: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, float]:
     """The median time of each call.
@@ -30,10 +32,8 @@ def seconds(calls: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, 
 def report(rows: list[dict[str, Any]], out: Path) -> None:
     """Prints rows as a table, and writes them as JSON."""
     columns = list(rows[0])
-    lines = [columns] + [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)))
+    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    print(tables.layout([columns, *cells]))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(rows, indent=2) + "\n")
     print(f"\n{out}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from examples import nano, optimizers, plots, program, results
+from examples import nano, optimizers, plots, program, results, tables
 from examples.text_data import load_corpus
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -216,11 +216,7 @@ def report(lines: plots.Lines) -> str:
         settings = ", ".join(f"{key} {_short(value)}" for key, value in best.items())
         mean = f"{np.mean(losses):.3f}{spread}"
         rows.append((optimizers.LABELS[name], settings, mean, str(len(losses))))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return tables.layout(rows)
 
 
 def _on_first_seed(lines: plots.Lines, name: str) -> plots.Lines:

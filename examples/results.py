@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from examples import optimizers, plots, recorder
+from examples import optimizers, plots, recorder, tables
 
 COLUMNS = {
     "val_loss": "validation loss",
@@ -43,16 +43,13 @@ def write_summary(folder: Path, runs: dict[str, Any]) -> None:
 def table(runs: dict[str, Any]) -> str:
     """A line for each run."""
     columns = {key: title for key, title in COLUMNS.items() if any(key in r for r in runs.values())}
-    width = max(len(optimizers.LABELS[name]) for name in runs)
-    rows = [" " * width + "".join(f"{title:>21}" for title in columns.values())]
+    rows = [["", *columns.values()]]
     for name, run in runs.items():
         cells = {key: "-" if run.get(key) is None else f"{run[key]:.3f}" for key in columns}
         if run["diverged_at"] is not None:
             cells["val_loss"] = f"diverged at {run['diverged_at']}"
-        rows.append(
-            f"{optimizers.LABELS[name]:{width}}" + "".join(f"{c:>21}" for c in cells.values())
-        )
-    return "\n".join(rows)
+        rows.append([optimizers.LABELS[name], *cells.values()])
+    return tables.layout(rows)
 
 
 def verdict(runs: dict[str, Any], config: Any, key: str) -> str:

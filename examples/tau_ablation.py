@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import tyro
 
-from examples import nano, optimizers, plots, program, recorder, results
+from examples import nano, optimizers, plots, program, recorder, results, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +61,11 @@ def main(flags: Flags, tasks: dict[str, nano.Nano]) -> None:
             lines[name][tau] = recorder.read_metrics(folder, "adamw2")
             runs[name][f"{tau:g}"] = results.summarize(folder, "adamw2")
             results.write_summary(flags.out, runs)
-    rows = [f"{'validation loss':16}" + "".join(f"{f'tau {tau:g}':>11}" for tau in flags.taus)]
+    rows = [["validation loss", *(f"tau {tau:g}" for tau in flags.taus)]]
     for name, by_tau in runs.items():
         losses = [run["val_loss"] for run in by_tau.values()]
-        cells = ["-" if loss is None else f"{loss:.3f}" for loss in losses]
-        rows.append(f"{name:16}" + "".join(f"{cell:>11}" for cell in cells))
-    print("\n".join(rows))
+        rows.append([name, *("-" if loss is None else f"{loss:.3f}" for loss in losses)])
+    print(tables.layout(rows))
     print(f"\nPicture: {plots.save(plots.tau_ablation(lines), flags.out / 'tau_ablation.png')}")
 
 
