@@ -17,6 +17,7 @@ from tqdm import tqdm
 from examples import processes
 
 DIGESTS = "digests.json"  # in the folder of a checkpoint, written last: of its other files
+_NONE, _NONE_WHOLE = -1, -2  # in place of the step of a checkpoint
 
 
 class Damaged(Exception):
@@ -34,7 +35,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path):
-        step = -1
+        step = _NONE
         if processes.is_first():
             step = _pass_over_damaged(folder)
         # All come to the same one; an error comes to all.
@@ -90,9 +91,6 @@ class Checkpoints:
             folder = self._folder / str(step)
             (folder / DIGESTS).write_text(json.dumps(_digests(folder)))
         multihost_utils.sync_global_devices("the checkpoint is whole")
-
-
-_NONE, _NONE_WHOLE = -1, -2
 
 
 def _pass_over_damaged(folder: Path) -> int:

@@ -17,9 +17,6 @@ from tqdm import tqdm
 
 from examples import augmentation, shards
 
-Image.init()
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
 
 class Example(NamedTuple):
     """An image of a source, and its label."""
@@ -173,9 +170,16 @@ def _files(folder: Path, classes: list[str], mode: str) -> Files:
     return Files(paths, labels, mode)
 
 
+@functools.cache
+def _suffixes() -> set[str]:
+    """Those of the formats that Pillow reads; it loads all its plugins for that."""
+    extensions = Image.registered_extensions()
+    return {suffix for suffix, kind in extensions.items() if kind in Image.OPEN}
+
+
 def _is_image(path: Path) -> bool:
     """By its suffix; hidden files, and files in hidden folders, are none."""
-    return path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.parts)
+    return path.suffix.lower() in _suffixes() and not any(p.startswith(".") for p in path.parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,6 +157,7 @@ def learning_rate_sweep(losses: dict[str, dict[float, float | None]]) -> Figure:
     """Validation loss over peak learning rate, a line per optimizer."""
     figure, ax = _axes(1)
     _draw_losses(ax, losses)
+    _end_above_the_best(ax, losses)
     ax.set_ylabel("validation loss in nats per token")
     ax.legend(frameon=False, fontsize="small")
     return figure
@@ -170,12 +171,12 @@ def with_and_without(losses: dict[str, dict[float, float | None]]) -> Figure:
     rows = max(1, -(-len(pairs) // columns))
     figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    drawn = {name: losses[name] for pair in pairs for name in pair}
     for ax, pair in zip(axes.flat, pairs, strict=False):
-        _draw_losses(ax, {name: losses[name] for name in pair}, drawn)
+        _draw_losses(ax, {name: losses[name] for name in pair})
         ax.set_title(LABELS[pair[0]].removesuffix(", no warmup"), fontsize="medium")
         ax.tick_params(labelbottom=True)
         style(ax)
+    _end_above_the_best(axes[0, 0], {name: losses[name] for pair in pairs for name in pair})
     for ax in axes.flat[len(pairs) :]:
         ax.remove()
     for ax in axes[:, 0]:
@@ -188,28 +189,24 @@ def with_and_without(losses: dict[str, dict[float, float | None]]) -> Figure:
     return figure
 
 
-def _draw_losses(
-    ax: Axes, losses: dict[str, Any], all_losses: dict[str, Any] | None = None
-) -> None:
-    """Losses over peak rates; what has the bound is solid.
-
-    The axis ends a little above the best loss of every optimizer: higher runs have failed.
-    """
+def _draw_losses(ax: Axes, losses: dict[str, Any]) -> None:
+    """Losses over peak rates; what has the bound is solid."""
     for name, by_rate in losses.items():
         values = [np.nan if loss is None else loss for loss in by_rate.values()]
         width = 3 if name == "adamw2" else 1.5
         line = "o-" if name in ALONE else "o--"
         ax.plot(list(by_rate), values, line, color=COLORS[name], label=LABELS[name], lw=width)
-    found = [
-        [loss for loss in by_rate.values() if loss is not None]
-        for by_rate in (all_losses or losses).values()
-    ]
+    ax.set_xscale("log")
+    ax.set_xlabel("peak learning rate")
+
+
+def _end_above_the_best(ax: Axes, losses: dict[str, Any]) -> None:
+    """Ends the axis a little above the best loss of every optimizer: higher runs have failed."""
+    found = [[loss for loss in by_rate.values() if loss is not None] for by_rate in losses.values()]
     best = [min(values) for values in found if values]
     if best:
         margin = 0.1 * max(best)
         ax.set_ylim(min(best) - margin, max(best) + 3 * margin)
-    ax.set_xscale("log")
-    ax.set_xlabel("peak learning rate")
 
 
 def tau_ablation(runs: dict[str, dict[float, Lines]]) -> Figure:

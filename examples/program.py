@@ -59,7 +59,7 @@ class Config(optimizers.Settings):
             )
         self.check_at_least(1, "steps", "log_every", "validate_every", "save_every")
         self.check_at_least(0, "learning_rate", "tau", "warmup", "weight_decay", "adam_share")
-        self.check_at_least(0, "clip", "watch")
+        self.check_at_least(0, "max_norm", "clip", "watch")
         self.check_fraction("betas")
 
     def check_at_least(self, least: int, *names: str) -> None:

@@ -10,7 +10,7 @@ from weyl_optax import _shards
 from weyl_optax._arguments import check_in
 from weyl_optax._block_iteration import compute_dtype
 from weyl_optax._dimension_numbers import MatrixSpec, WeightDimNumOrFn, axes_of
-from weyl_optax._granularity import map_entries
+from weyl_optax._granularity import by_unit, map_entries
 
 Per = Literal["unit", "matrix"]
 
@@ -20,26 +20,27 @@ def check_per(per: Any) -> None:
     check_in("per", per, get_args(Per))
 
 
+def only_matrices(weight_dimension_numbers: WeightDimNumOrFn | None) -> WeightDimNumOrFn:
+    """A specification with the matrices alone."""
+    return map_entries(
+        lambda entry: entry if axes_of(entry.reduction_axis) else None, weight_dimension_numbers
+    )
+
+
 def weight_vectors(weight_dimension_numbers: WeightDimNumOrFn | None, per: Per) -> WeightDimNumOrFn:
     """A specification of each matrix as vectors: one for each output unit, or one of all entries.
 
     Vectors and scalars, which are biases and gains, are left out.
     """
     check_per(per)
-
-    def vectors(entry: MuonDimensionNumbers) -> MuonDimensionNumbers | None:
-        reduction, output = axes_of(entry.reduction_axis), axes_of(entry.output_axis)
-        if not reduction:
-            return None
-        return MuonDimensionNumbers((), reduction if per == "unit" else reduction + output)
-
-    return map_entries(vectors, weight_dimension_numbers)
-
-
-def only_matrices(weight_dimension_numbers: WeightDimNumOrFn | None) -> WeightDimNumOrFn:
-    """A specification with the matrices alone."""
+    matrices = only_matrices(weight_dimension_numbers)
+    if per == "unit":
+        return by_unit(matrices)
     return map_entries(
-        lambda entry: entry if axes_of(entry.reduction_axis) else None, weight_dimension_numbers
+        lambda entry: MuonDimensionNumbers(
+            (), axes_of(entry.reduction_axis) + axes_of(entry.output_axis)
+        ),
+        matrices,
     )
 
 

@@ -134,3 +134,19 @@ def test_wrong_arguments_are_errors():
         adam_preconditioner(optax.sgd(0.1).init(params))
     with pytest.raises(ValueError, match="factor must be at least 1"):
         critical_learning_rate(loss, params, params, (X, Y), target=1.0, factor=0.5)
+
+
+def test_a_factor_of_one_and_a_start_at_zero_end():
+    params = make_params()
+    down = jax.tree.map(jnp.negative, jax.grad(loss)(params, (X, Y)))
+    rate, _ = critical_learning_rate(loss, params, down, (X, Y), target=1.0, factor=1.0)
+    assert float(rate) == pytest.approx(1e-4)
+    rate, _ = critical_learning_rate(loss, params, down, (X, Y), target=1.0, initial=0.0)
+    assert float(rate) == 0.0
+
+
+def test_two_adams_are_not_taken_for_one():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    solver = optax.partition({"x": optax.adam(0.1), "y": optax.adam(0.2)}, {"a": "x", "b": "y"})
+    with pytest.raises(KeyError, match="ScaleByAdamState"):
+        adam_preconditioner(solver.init(params))

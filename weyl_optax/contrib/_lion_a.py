@@ -129,20 +129,18 @@ def lion_ar(
     """
     vectors = weight_vectors(weight_dimension_numbers, per)
 
+    def correction(count: jax.typing.ArrayLike) -> Any:
+        return _inverse_bias_correction(b, count) if inverse_bias_correction else 1
+
     def rate(count: jax.typing.ArrayLike) -> Any:
-        correction = _inverse_bias_correction(b, count) if inverse_bias_correction else 1
-        return value_at(learning_rate, count) * correction
+        return value_at(learning_rate, count) * correction(count)
 
     def angle(count: jax.typing.ArrayLike) -> jax.Array:
-        correction = _inverse_bias_correction(b, count) if inverse_bias_correction else 1
-        return adamw_angle(value_at(learning_rate, count), weight_decay, b) * correction
-
-    def is_rotated(params: optax.Params) -> Any:
-        specs = resolve_dimension_numbers(params, vectors)
-        return jax.tree.map(lambda spec: spec is not None, specs, is_leaf=lambda x: x is None)
+        return adamw_angle(value_at(learning_rate, count), weight_decay, b) * correction(count)
 
     def is_not_rotated(params: optax.Params) -> Any:
-        return jax.tree.map(lambda rotated: not rotated, is_rotated(params))
+        specs = resolve_dimension_numbers(params, vectors)
+        return jax.tree.map(lambda spec: spec is None, specs, is_leaf=lambda x: x is None)
 
     return optax.chain(
         scale_by_lion_a(b, nesterov=nesterov),

@@ -110,7 +110,7 @@ def adam_preconditioner(
     moment of the state and :math:`t` updates so far, for :func:`sharpness`.
 
     Args:
-        opt_state: Of any optimizer that has an :class:`optax.ScaleByAdamState` in it, after at
+        opt_state: Of any optimizer that has one :class:`optax.ScaleByAdamState` in it, after at
             least one update.
         b1: Exponential decay rate of the first moment.
         b2: Exponential decay rate of the second moment.
@@ -122,20 +122,17 @@ def adam_preconditioner(
 
     Raises:
         ValueError: If there is no such state.
+        KeyError: If there are several.
 
     References:
         Kalra & Barkeshli, `Why Warmup the Learning Rate? Underlying Mechanisms and
         Improvements <https://arxiv.org/abs/2406.09405>`_, 2024, and its code
     """
-
-    def is_adam(x: Any) -> bool:
-        return isinstance(x, optax.ScaleByAdamState)
-
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_adam) if is_adam(x)]
-    if not states:
+    state = optax.tree.get(opt_state, "ScaleByAdamState")
+    if state is None:
         raise ValueError("opt_state has no optax.ScaleByAdamState: it is not that of Adam.")
-    count = states[0].count
-    nu_hat = optax.tree.bias_correction(states[0].nu, b2, count)
+    count = state.count
+    nu_hat = optax.tree.bias_correction(state.nu, b2, count)
     return jax.tree.map(lambda nu: (1 - b1**count) * (jnp.sqrt(nu + eps_root) + eps), nu_hat)
 
 
@@ -206,7 +203,8 @@ def critical_learning_rate(
 
     first = jnp.minimum(initial, target)
     lower, upper, loss, passes = lax.while_loop(
-        lambda carry: (carry[2] < before) & (carry[1] < target),
+        # A factor of 1 does not lead on.
+        lambda carry: (carry[2] < before) & (carry[0] < carry[1]) & (carry[1] < target),
         grow,
         (jnp.zeros_like(first), first, loss_at(first), jnp.asarray(2)),
     )
