@@ -139,14 +139,19 @@ def map_entries(
     weight_dimension_numbers: WeightDimNumOrFn | None,
 ) -> WeightDimNumOrFn:
     """The same specification with another entry in place of each; leaves unbounded stay so."""
+
+    def mapped(numbers: Any) -> Any:
+        return jax.tree.map(
+            lambda entry: fn(entry) if isinstance(entry, MuonDimensionNumbers) else entry,
+            numbers,
+            is_leaf=is_entry,
+        )
+
     if weight_dimension_numbers is None:
-        return lambda params: map_entries(
-            fn, jax.tree.map(lambda leaf: default_numbers(len(shape_of(leaf))), params)
+        return lambda params: mapped(
+            jax.tree.map(lambda leaf: default_numbers(len(shape_of(leaf))), params)
         )
     if is_function(weight_dimension_numbers):
-        return lambda params: map_entries(fn, weight_dimension_numbers(params))
-    return jax.tree.map(
-        lambda entry: fn(entry) if isinstance(entry, MuonDimensionNumbers) else entry,
-        weight_dimension_numbers,
-        is_leaf=is_entry,
-    )
+        # What it gives for a params tree of one leaf may be None: unbounded, and not the default.
+        return lambda params: mapped(weight_dimension_numbers(params))
+    return mapped(weight_dimension_numbers)

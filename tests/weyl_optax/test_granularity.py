@@ -111,3 +111,11 @@ def test_heads_of_a_flax_model_and_none_where_there_are_none():
         by_head({"w": MuonDimensionNumbers(0, (1, 2))})
     with pytest.raises(ValueError, match="no leaf with an axis of heads"):
         by_head({"attn": MuonDimensionNumbers(0, 1)})
+
+
+def test_a_function_that_leaves_its_one_leaf_unbounded_leaves_it_so():
+    numbers = by_unit(lambda params: None)
+    assert numbers(jnp.ones((4, 3))) is None
+    solver = scale_by_weyl_bound(1e-9, weight_dimension_numbers=numbers)
+    updates, _ = solver.update(jnp.ones((4, 3)), solver.init(jnp.ones((4, 3))), jnp.ones((4, 3)))
+    np.testing.assert_array_equal(updates, jnp.ones((4, 3)))
