@@ -11,7 +11,8 @@ import tyro
 from flax import nnx
 
 from benchmarks import measure
-from examples import nano, training
+from examples import training
+from examples.paper import nano
 from weyl_optax.contrib import scale_by_gi_adam
 from weyl_optax.dynamics import adam_preconditioner, critical_learning_rate, sharpness
 

@@ -17,8 +17,9 @@ from flax import nnx
 from tqdm import tqdm
 
 from benchmarks import adversarial, measure, peers
-from examples import nano, training
+from examples import training
 from examples.optimizers import is_decayed
+from examples.paper import nano
 from weyl_optax import bound_metrics, scale_by_weyl_bound
 from weyl_optax.flax import dimension_numbers
 

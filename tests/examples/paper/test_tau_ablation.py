@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from examples import program, tau_ablation
+from examples import program
+from examples.paper import tau_ablation
 
 
 @pytest.mark.slow

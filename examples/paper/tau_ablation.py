@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import tyro
 
-from examples import nano, optimizers, plots, program, recorder, results, tables
+from examples import optimizers, plots, program, recorder, results, tables
+from examples.paper import nano
 
 
 @dataclasses.dataclass(frozen=True)

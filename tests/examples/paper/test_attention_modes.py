@@ -1,6 +1,6 @@
 """The picture of three modes of attention."""
 
-from examples import attention_modes
+from examples.paper import attention_modes
 
 
 def test_each_mode_is_what_its_title_says(tmp_path, capsys):

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from examples import nano, optimizers, plots, program, results, tables
+from examples import optimizers, plots, program, results, tables
+from examples.paper import nano
 from examples.text_data import load_corpus
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -37,7 +38,7 @@ class Flags:
     """Seeds of the best settings. They are tuned on the first, which is 0."""
     data: Path | None = None
     """The text of the GPT; by default, Python's standard library."""
-    table: Path = Path("examples/results/compare.jsonl")
+    table: Path = Path("examples/paper/results/compare.jsonl")
     """The table of all runs."""
     out: Path = Path("runs/compare")
     """The folder of the picture, and of the runs until they are done."""

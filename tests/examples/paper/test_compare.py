@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from examples import compare
+from examples.paper import compare
 
 
 def test_tuning_finds_the_minimum_of_a_valley_and_nothing_is_evaluated_beyond_its_neighbors():

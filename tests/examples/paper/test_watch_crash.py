@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
 
-from examples import crash_page, language, program, watch_crash
+from examples import language, program
+from examples.paper import crash_page, watch_crash
 from examples.recorder import read_metrics
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from examples import crash_page, language, nano, program, vision
+from examples import language, program, vision
+from examples.paper import crash_page, nano
 from models import layers
 from weyl_optax.dynamics import (
     attention_entropy,
