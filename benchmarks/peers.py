@@ -11,6 +11,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax import adamw2
+from weyl_optax.contrib import rotate, soft_spectral_clip
 
 RATE, TAU = 1e-3, 0.01
 BASE = "optax.adamw"
@@ -88,11 +89,8 @@ def _bounded_adam(norms: Norms) -> Callable[[Any], optax.GradientTransformation]
     )
 
 
-def _muon(numbers: Any) -> optax.GradientTransformation:
-    matrices_only = jax.tree.map(
-        lambda n: n if n.reduction_axis else None, numbers, is_leaf=is_numbers
-    )
-    return optax.contrib.muon(RATE, muon_weight_dimension_numbers=matrices_only)
+def _matrices_only(numbers: Any) -> Any:
+    return jax.tree.map(lambda n: n if n.reduction_axis else None, numbers, is_leaf=is_numbers)
 
 
 OPTIMIZERS: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
@@ -104,7 +102,18 @@ OPTIMIZERS: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
     ),
     "optax.radam": lambda _: optax.radam(RATE),
     "optax.contrib.schedule_free_adamw": lambda _: optax.contrib.schedule_free_adamw(RATE),
-    "optax.contrib.muon": _muon,
+    "optax.contrib.muon": lambda numbers: optax.contrib.muon(
+        RATE, muon_weight_dimension_numbers=_matrices_only(numbers)
+    ),
+    "soft spectral clip after Adam": lambda numbers: optax.chain(
+        optax.scale_by_adam(),
+        soft_spectral_clip(10.0, _matrices_only(numbers)),
+        optax.add_decayed_weights(1e-4),
+        optax.scale_by_learning_rate(RATE),
+    ),
+    "AdamH": lambda numbers: optax.chain(
+        optax.adamw(RATE), rotate(RATE, _matrices_only(numbers), per="matrix", decay=0.0)
+    ),
     "bound, 3 cold iterations (the paper)": _bounded_adam(cold_power_iterations(3)),
     "bound, optax.power_iteration": _bounded_adam(optax_power_iteration),
     "bound, exact SVD": _bounded_adam(exact_svd),

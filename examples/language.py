@@ -134,6 +134,7 @@ def make_task(
             "count": jnp.ones([]),
         },
         observe=program.observe(name, lambda model: [model.blocks]),
+        max_logits=program.max_logits(name, lambda batch: batch[:, :-1]),
         snapshot=snapshot,
     )
 

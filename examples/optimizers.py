@@ -14,6 +14,7 @@ from weyl_optax.contrib import (
     keep_norm,
     lion_a,
     lion_ar,
+    qk_clip,
     rotate,
     scale_by_noise_share,
     soft_spectral_clip,
@@ -32,6 +33,7 @@ Alone = Literal[
     "gi_adamw",
     "noise_share",
     "soft_clip",
+    "qk_clip",
     "keep_norm",
     "adam_h",
     "lion_a",
@@ -77,6 +79,8 @@ class Settings:
     """Times the learning rate, that of Adam for embeddings and vectors (Muon, AdamH, MuonH)."""
     max_norm: float = 10.0
     """Largest singular value of Adam's update (soft spectral clip)."""
+    max_logit: float = 100.0
+    """Largest logit of attention, above which queries and keys shrink (QK-Clip)."""
     clip: float = 1.0
     """Global gradient norm, 0 for no clipping."""
 
@@ -227,6 +231,10 @@ def _soft_clip(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.Gradien
     )
 
 
+def _qk_clip(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return optax.chain(_adamw(rate, s, numbers), qk_clip(s.max_logit))
+
+
 def _keep_norm(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
     return optax.chain(optax.adamw(rate, **_adam(s)), keep_norm(_hidden_kernels(numbers)))
 
@@ -277,6 +285,7 @@ _MOMENTUM = {"betas": ((0.8, 0.95), (0.9, 0.95), (0.95, 0.95))}
 _SECOND_MOMENT = {"betas": ((0.9, 0.95), (0.9, 0.99), (0.9, 0.999))}
 _DECAY = {"weight_decay": (0.1, 1.0, 10.0)}
 _MAX_NORM = {"max_norm": (3.0, 10.0, 30.0)}
+_MAX_LOGIT = {"max_logit": (10.0, 30.0, 100.0)}
 _WARMUP = {"warmup": (1 / 30, 1 / 10, 1 / 5, 2 / 5)}  # as a share of the steps
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -291,6 +300,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "gi_adamw": Optimizer("GI-AdamW, no warmup", _gi_adamw, _cosine, _SECOND_MOMENT),
     "noise_share": Optimizer("AdamW, noise share, no warmup", _noise_share, _cosine, _MOMENTUM),
     "soft_clip": Optimizer("AdamW, soft clip, no warmup", _soft_clip, _cosine, _MAX_NORM),
+    "qk_clip": Optimizer("AdamW, QK-Clip, no warmup", _qk_clip, _cosine, _MAX_LOGIT),
     "keep_norm": Optimizer("AdamW, norms kept, no warmup", _keep_norm, _cosine, {}),
     "adam_h": Optimizer("AdamH, no warmup", _adam_h, _cosine, _SHARE),
     "lion_a": Optimizer("LionA, no warmup", _lion_a, _cosine, _DECAY),

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from examples import optimizers, placement, processes, results, training
 from examples.checkpoints import Damaged
+from models import layers
 from weyl_optax import bound_metrics, spectral_norm
 from weyl_optax.flax import dimension_numbers
 
@@ -59,7 +60,7 @@ class Config(optimizers.Settings):
             )
         self.check_at_least(1, "steps", "log_every", "validate_every", "save_every")
         self.check_at_least(0, "learning_rate", "tau", "warmup", "weight_decay", "adam_share")
-        self.check_at_least(0, "max_norm", "clip", "watch")
+        self.check_at_least(0, "max_norm", "max_logit", "clip", "watch")
         self.check_fraction("betas")
 
     def check_at_least(self, least: int, *names: str) -> None:
@@ -225,6 +226,18 @@ def train_each(flags: Any, train: Callable[[str], nnx.Module]) -> dict[str, Any]
                 flags.out, {name: results.summarize(flags.out, name) for name in models}
             )
     return models
+
+
+def max_logits(
+    name: str, inputs: Callable[[Any], jax.Array]
+) -> Callable[[nnx.Module, Any], dict[str, jax.Array]] | None:
+    """The largest logits of every head, from the inputs in a batch, if an optimizer needs them.
+
+    That is QK-Clip. They are those of a GPT or a ViT.
+    """
+    if name != "qk_clip":
+        return None
+    return lambda model, batch: {"blocks/attention": layers.largest_logits(model, inputs(batch))}
 
 
 def observe(

@@ -38,6 +38,8 @@ class Task:
     validation: Iterable[Any]  # batches, of which each process has its rows
     evaluate: Callable[[nnx.Module, Any], dict[str, jax.Array]]  # sums over a batch, and "count"
     observe: Callable[[nnx.Module, optax.OptState], dict[str, jax.Array]]  # at logged steps
+    # Largest logits over a batch, which the update of an optimizer may need (QK-Clip).
+    max_logits: Callable[[nnx.Module, Any], dict[str, jax.Array]] | None = None
     snapshot: Callable[[nnx.Module], dict[str, jax.Array]] | None = None  # at watched steps
 
 
@@ -77,7 +79,7 @@ def train(
         Stopped: After Ctrl-C, in any process, with everything saved.
     """
     loss_fn = placement.spread_rows(task.loss, task.mesh)
-    graph, state, update = start(task.model, loss_fn, optimizer)
+    graph, state, update = start(task.model, loss_fn, optimizer, task.max_logits)
     validate = _make_validate(graph, task)
     everywhere = NamedSharding(task.mesh, P())  # so that each process can read it
 
@@ -161,7 +163,10 @@ def next_batch(task: Task, accumulate: int) -> Any:
 
 
 def start(
-    model: nnx.Module, loss: Callable, optimizer: optax.GradientTransformation
+    model: nnx.Module,
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    max_logits: Callable[[nnx.Module, Any], dict[str, jax.Array]] | None = None,
 ) -> tuple[nnx.GraphDef, dict[str, Any], Callable]:
     """What a training begins with.
 
@@ -197,7 +202,13 @@ def start(
         (total, grads, rest), _ = jax.lax.scan(add_part, start, batch)
         accumulate = len(jax.tree.leaves(batch)[0])
         grads = jax.tree.map(lambda g: g / accumulate, grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        extra_args = {}
+        if max_logits:
+            model = nnx.merge(graph, params, state["rest"])
+            model.eval()
+            parts = jax.lax.map(functools.partial(max_logits, model), batch)
+            extra_args = {"max_logits": jax.tree.map(lambda x: x.max(0), parts)}
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params, **extra_args)
         params = optax.apply_updates(params, updates)
         return {"params": params, "rest": rest, "opt_state": opt_state}, total / accumulate
 

@@ -136,6 +136,8 @@ def prepare(flags: Any) -> Images:
     Raises:
         ValueError: If the data do not fit the flags, or if it would lose or mix runs.
     """
+    if "qk_clip" in flags.runs and not flags.model.startswith("vit-"):
+        raise ValueError(f"--runs qk_clip needs the logits of a ViT, and --model is {flags.model}.")
     images = load_images(flags.data, SIZES[flags.model].num_channels)
     flags.check_warmup(num_steps(flags, images), flags.runs)
     program.make_mesh(flags)  # which checks the flag
@@ -218,6 +220,7 @@ def make_task(
         validation=validation_batches(images, size, rows, config.workers, shard),
         evaluate=evaluate,
         observe=program.observe(name, _stacks),
+        max_logits=program.max_logits(name, lambda batch: normalize(images, batch["image"])),
         snapshot=snapshot,
     )
 

@@ -93,34 +93,46 @@ class Attention(nnx.Module):
         )
         return self.out(y_BxTxNxH)
 
-    def weights(self, x_BxTxD: jax.Array) -> jax.Array:
-        """The attention maps, float32 (B, N, T, T), which a call may never form."""
+    def logits(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Float32 (B, N, T, T), which a call may never form; -inf where a query must not look."""
         q_BxTxNxH, k_BxTxNxH = self.query(x_BxTxD), self.key(x_BxTxD)
         T, H = q_BxTxNxH.shape[1], q_BxTxNxH.shape[-1]
         logits_BxNxTxT = jnp.einsum("btnh,bsnh->bnts", q_BxTxNxH, k_BxTxNxH) / H**0.5
         allowed_TxT = jnp.tril(jnp.ones((T, T), bool)) if self.is_causal else True
         logits_BxNxTxT = logits_BxNxTxT.astype(jnp.float32)
-        return jax.nn.softmax(logits_BxNxTxT, where=allowed_TxT)
+        return jnp.where(allowed_TxT, logits_BxNxTxT, -jnp.inf)
 
 
-class _Mapped(nnx.Module):
-    """A block, or a stack of them, that keeps its attention maps."""
+class _Observed(nnx.Module):
+    """A block, or a stack of them, that keeps what a function finds in its attention's logits."""
 
-    def __init__(self, block: nnx.Module):
+    def __init__(self, block: nnx.Module, find: Callable[[jax.Array], jax.Array]):
         self.block = block
+        self.find = find
 
     def __call__(self, x_BxTxD: jax.Array, *inputs: Any) -> jax.Array:
         normed_BxTxD = self.block.attention_norm(x_BxTxD)
-        self.maps = nnx.Intermediate(self.block.attention.weights(normed_BxTxD))
+        self.found = nnx.Intermediate(self.find(self.block.attention.logits(normed_BxTxD)))
         return self.block(x_BxTxD, *inputs)
 
 
 def attention_weights(model: nnx.Module, inputs: Any) -> jax.Array:
     """The attention maps of all blocks of a GPT or a ViT, float32 (blocks, B, N, T, T)."""
-    mapped = nnx.clone(model)
-    mapped.blocks = _Mapped(mapped.blocks)
-    mapped(inputs)
-    return mapped.blocks.maps[...]
+    return _observe_logits(model, inputs, jax.nn.softmax)
+
+
+def largest_logits(model: nnx.Module, inputs: Any) -> jax.Array:
+    """The largest logit of every head of a GPT or a ViT over a batch, float32 (blocks, N)."""
+    return _observe_logits(model, inputs, lambda logits_BxNxTxT: logits_BxNxTxT.max((0, 2, 3)))
+
+
+def _observe_logits(
+    model: nnx.Module, inputs: Any, find: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    observed = nnx.clone(model)
+    observed.blocks = _Observed(observed.blocks, find)
+    observed(inputs)
+    return observed.blocks.found[...]
 
 
 class MLP(nnx.Module):

@@ -52,6 +52,8 @@ def prepare(flags: Flags) -> nano.Nano:
     Raises:
         ValueError: If a flag is out of range.
     """
+    if flags.model == "swin" and "qk_clip" in flags.runs:
+        raise ValueError("--runs qk_clip needs the logits of a GPT or a ViT. Name the others.")
     if flags.steps < 10 or flags.seeds < 1:
         raise ValueError("--steps must be at least 10, and --seeds at least 1.")
     task = nano.load(flags.model)

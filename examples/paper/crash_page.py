@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 import string
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from examples import plots, recorder
 from examples.optimizers import LABELS
 from weyl_optax.dynamics import CollapseMode
 
-RUNS = ("adamw", "adamw2")  # crashed, successful
+RUNS = ("adamw", "qk_clip", "adamw2")  # the first crashes, and the last does not
 TERMS = {
     "W_q": r"$\|W_q\|_2$",
     "W_k": r"$\|W_k\|_2$",
@@ -78,9 +79,23 @@ def read(folder: Path, name: str) -> Run:
 class Sign(NamedTuple):
     """A sign of a crash, and what was seen of it."""
 
-    name: str
+    name: str  # HTML
     values: list[str]  # for each run
     seen: list[bool]
+
+
+QK = "‖W<sub>q</sub>ᵀW<sub>k</sub>‖₂"
+
+
+def _number(x: float) -> str:
+    """Two digits of small numbers, all of large ones; a power of ten where neither reads well."""
+    if x == 0 or 1e-3 <= x < 100 or not math.isfinite(x):
+        return f"{x:.2g}"
+    if 100 <= x < 1e6:
+        return f"{x:,.0f}"
+    digits, exponent = f"{x:.1e}".split("e")
+    superscripts = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return f"{digits} · 10{str(int(exponent)).translate(superscripts)}"
 
 
 def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
@@ -100,7 +115,7 @@ def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
     def growth(run: Run, term: str) -> tuple[str, bool]:
         values = run.largest(term)
         start, most = values[0], np.nanmax(values)
-        text = f"{start:.2g} at the start, at most {most:.2g} ({most / start:,.0f} times)"
+        text = f"{_number(start)} at the start, at most {_number(most)} ({most / start:,.0f} times)"
         return text, bool(most > 100 * start)
 
     def attention(run: Run) -> tuple[str, bool]:
@@ -118,7 +133,7 @@ def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
 
     def concentration(run: Run) -> tuple[str, bool]:
         s = max(1, run.energy.shape[-1] // 8)
-        shares = run.energy[..., s - 1].mean(-1).max(-1)
+        shares = run.energy[..., s - 1].mean((1, 2))  # of one head alone it may be high in health
         text = f"{shares[0]:.0%} in {s} directions at the start, at most {shares.max():.0%}"
         return text, bool(shares.max() > 0.9)
 
@@ -126,11 +141,12 @@ def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
         values = np.array([run.term(block, "grad_x")[1] for block in range(run.depth)])
         block = int(np.argmin(np.nanmin(values, axis=1) / values[:, 0]))
         start, least = values[block, 0], np.nanmin(values[block])
-        return f"block {block}: {start:.2g} at the start, at least {least:.2g}", least < start / 100
+        text = f"block {block}: {_number(start)} at the start, at least {_number(least)}"
+        return text, bool(least < start / 100)
 
     return [
         sign(f"The loss turns up, or ends above the targets' entropy, {entropy:.2f} nats", loss),
-        sign("‖W_qᵀW_k‖₂ grows more than a hundredfold", growth, term="W_qW_k"),
+        sign(f"{QK} grows more than a hundredfold", growth, term="W_qW_k"),
         sign("Its energy concentrates: over 90 % in an eighth of the directions", concentration),
         sign("The entropy of attention falls below half", attention),
         sign("Maps collapse malignantly: sparse, low-rank", collapsed, mode=CollapseMode.MALIGNANT),
@@ -306,7 +322,7 @@ def _rows(signs: list[Sign]) -> str:
             f"<br>{html.escape(value)}</td>"
             for value, seen in zip(sign.values, sign.seen, strict=True)
         )
-        rows.append(f"<tr><th>{html.escape(sign.name)}</th>{cells}</tr>")
+        rows.append(f"<tr><th>{sign.name}</th>{cells}</tr>")
     return "\n".join(rows)
 
 
@@ -314,7 +330,7 @@ def _text(signs: list[Sign]) -> str:
     """The signs for a terminal."""
     lines = []
     for sign in signs:
-        lines.append(sign.name)
+        lines.append(re.sub("<[^>]*>", "", sign.name))
         for run, value, seen in zip(RUNS, sign.values, sign.seen, strict=True):
-            lines.append(f"  {LABELS[run]:18} {'seen' if seen else 'not seen':9} {value}")
+            lines.append(f"  {LABELS[run]:24} {'seen' if seen else 'not seen':9} {value}")
     return "\n".join(lines)

@@ -40,7 +40,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Flags(Preset):
-    """Train a nano GPT or ViT with AdamW, which crashes, and with AdamW²; make a page of both."""
+    """Watch a nano GPT or ViT crash with AdamW, and train with QK-Clip and AdamW²; make a page."""
 
     model: Literal["gpt", "vit"] = "gpt"
     """On Python's standard library, or on scikit-learn's handwritten digits."""
@@ -101,7 +101,7 @@ def prepare(flags: Flags) -> Experiment:
 
 
 def main(flags: Flags, experiment: Experiment) -> None:
-    """Trains twice, and makes the page."""
+    """Trains with each, and makes the page."""
 
     def snapshot(model: Any) -> dict[str, jax.Array]:
         return measure_attention(model, experiment.inputs)

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
 from examples import language, optimizers, program, recorder, train_gpt, training
+from examples.text_data import load_corpus
+from models import layers
+from weyl_optax.flax import dimension_numbers
 
 SMALL = (
     "--steps 12 --warmup 3 --batch 4 --sequence-length 16 --log-every 3 --validate-every 6 "
@@ -227,7 +231,7 @@ def test_every_optimizer_of_the_comparison_descends(name):
         "blocks": {"kernel": MuonDimensionNumbers(0, 1)},
         "bias": MuonDimensionNumbers((), 0),
     }
-    optimizer, _ = optimizers.make(name, settings, 100, numbers)
+    optimizer = optax.with_extra_args_support(optimizers.make(name, settings, 100, numbers)[0])
     params = {"blocks": {"kernel": jnp.eye(3)}, "bias": jnp.ones(3)}
     target = {"blocks": {"kernel": jnp.roll(jnp.eye(3), 1, 0)}, "bias": jnp.full(3, 1.5)}
 
@@ -235,7 +239,7 @@ def test_every_optimizer_of_the_comparison_descends(name):
     def step(params, state, key):
         noise = optax.tree.random_like(key, params, jax.random.normal)
         grads = jax.tree.map(lambda p, t, e: p - t + 0.3 * e, params, target, noise)
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = optimizer.update(grads, state, params, max_logits={})  # no attention
         return optax.apply_updates(params, updates), state
 
     before = optax.tree.norm(optax.tree.sub(params, target))
@@ -250,3 +254,23 @@ def test_a_warmup_that_no_run_has_may_be_as_long_as_it_likes():
     program.Config(warmup=12).check_warmup(12, ["adamw2", "muon"])
     with pytest.raises(ValueError, match="below the 12 steps"):
         program.Config(warmup=12).check_warmup(12, ["adamw2", "muon_warmup"])
+
+
+@pytest.mark.slow
+def test_qk_clip_sees_the_logits_of_the_whole_batch():
+    """At a learning rate of 0 it alone moves the weights: the logits come down to its limit."""
+    corpus = load_corpus(None)
+    config = language.Config(
+        model="nano", batch=4, accumulate=2, sequence_length=16, learning_rate=0.0, max_logit=1e-2
+    )
+    task = language.make_task("qk_clip", config, corpus)
+    optimizer, _ = optimizers.make("qk_clip", config, 4, dimension_numbers(task.model))
+    batch = training.next_batch(task, config.accumulate)
+    inputs = batch.reshape(4, 17)[:, :-1]
+    before = layers.largest_logits(task.model, inputs)
+    graph, state, update = training.start(task.model, task.loss, optimizer, task.max_logits)
+    state, _ = update(state, batch)
+    # In the first block, which sees the same as before.
+    after = layers.largest_logits(nnx.merge(graph, state["params"], state["rest"]), inputs)
+    assert (before[0] > config.max_logit).all()
+    np.testing.assert_allclose(after[0], config.max_logit, rtol=1e-4)

@@ -134,7 +134,7 @@ def test_a_model_without_blocks_is_an_error():
         watch(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), np.ones((1, 2)), mean_square)
 
 
-def test_attention_weights_are_those_of_numpy(gpt):
+def test_attention_weights_and_logits_are_those_of_numpy(gpt):
     model, _ = gpt
     found = layers.attention_weights(model, TOKENS)
     p = numpy_layers.parameters(model)
@@ -143,6 +143,9 @@ def test_attention_weights_are_those_of_numpy(gpt):
     x = numpy_layers.layer_norm(x, first["attention_norm"], 1e-5)
     q, k = (numpy_layers.linear(x, first["attention"][name]) for name in ("query", "key"))
     scores = np.einsum("btnh,bsnh->bnts", q, k) / 6**0.5
-    expected = numpy_layers.softmax(np.where(np.tri(7), scores, -np.inf))
+    scores = np.where(np.tri(7), scores, -np.inf)
     assert found.shape == (2, 3, 2, 7, 7)
-    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[0], numpy_layers.softmax(scores), atol=1e-5)
+    largest = layers.largest_logits(model, TOKENS)
+    assert largest.shape == (2, 2)
+    np.testing.assert_allclose(largest[0], scores.max((0, 2, 3)), rtol=1e-5)

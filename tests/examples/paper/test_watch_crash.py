@@ -18,7 +18,7 @@ SMALL = "--steps 4 --watch 2".split()
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with two short runs of the ViT, and their page."""
+    """A folder with short runs of the ViT, and their page."""
     folder = tmp_path_factory.mktemp("vit") / "run"
     flags = watch_crash.parse([*SMALL, "--model", "vit", "--out", str(folder)])
     watch_crash.main(flags, watch_crash.prepare(flags))
@@ -115,7 +115,7 @@ def test_page_in_a_browser(finished, browser, scheme):
         )
 
     # The animation moves by itself, stops, and goes where it is sent.
-    assert len(maps()) == 2
+    assert len(maps()) == len(crash_page.RUNS)
     assert min(colors()) > 1
     before = maps()
     page.wait_for_function(
@@ -128,8 +128,8 @@ def test_page_in_a_browser(finished, browser, scheme):
         slider.fill(str(frame))
         frames.append(maps())
     assert len({frame[0] for frame in frames}) == 3
-    assert frames[0][0] == frames[0][1]  # both runs start from the same weights
-    assert frames[2][0] != frames[2][1]
+    assert len(set(frames[0])) == 1  # all runs start from the same weights
+    assert frames[2][0] != frames[2][-1]
     assert "step 4: entropy" in page.locator("#maps").inner_text()
     assert not trouble
     page.close()
@@ -163,15 +163,32 @@ def test_signs_of_a_crash_and_of_a_success():
     signs = crash_page.find_signs(runs, entropy=3.1)
     seen = {sign.name.split(",")[0].split(":")[0]: sign.seen for sign in signs}
     assert seen["The loss turns up"] == [True, False]
-    assert seen["‖W_qᵀW_k‖₂ grows more than a hundredfold"] == [True, False]
+    assert seen["‖W<sub>q</sub>ᵀW<sub>k</sub>‖₂ grows more than a hundredfold"] == [True, False]
     assert seen["The entropy of attention falls below half"] == [True, False]
     assert seen["Maps collapse malignantly"] == [True, False]
     assert seen["Maps collapse benignly"] == [False, False]
+    assert seen["Its energy concentrates"] == [True, False]
     values = {sign.name: sign.values for sign in signs}
-    assert values["‖W_qᵀW_k‖₂ grows more than a hundredfold"] == [
+    assert values["‖W<sub>q</sub>ᵀW<sub>k</sub>‖₂ grows more than a hundredfold"] == [
         "0.1 at the start, at most 50 (500 times)",
         "0.1 at the start, at most 2 (20 times)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0.0, "0"),
+        (0.0123, "0.012"),
+        (7660.047, "7,660"),
+        (63.4, "63"),
+        (2.34e7, "2.3 · 10⁷"),
+        (4.56e-12, "4.6 · 10⁻¹²"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_numbers_of_the_page(number, text):
+    assert crash_page._number(number) == text
 
 
 @pytest.mark.parametrize(
