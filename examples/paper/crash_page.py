@@ -332,5 +332,5 @@ def _text(signs: list[Sign]) -> str:
     for sign in signs:
         lines.append(re.sub("<[^>]*>", "", sign.name))
         for run, value, seen in zip(RUNS, sign.values, sign.seen, strict=True):
-            lines.append(f"  {LABELS[run]:24} {'seen' if seen else 'not seen':9} {value}")
+            lines.append(f"  {LABELS[run]:26} {'seen' if seen else 'not seen':9} {value}")
     return "\n".join(lines)
