@@ -16,6 +16,7 @@ from examples.paper import nano
 from examples.text_data import load_corpus
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+DECADES = (1e-3, 1e-2, 1e-1)
 
 Settings = dict[str, Any]  # of an optimizer: fields of optimizers.Settings
 
@@ -84,8 +85,13 @@ def main(flags: Flags, task: nano.Nano) -> None:
 
 
 def search(grid: Mapping[str, Sequence[Any]], loss: Callable[[Settings], float]) -> Settings:
-    """The best settings: those tuned, unless a rate near theirs is better, and so on from there."""
-    best = {name: values[len(values) // 2] for name, values in grid.items()}
+    """The best settings.
+
+    They are tuned from the best of three decades of rates; and if a rate near those that are found
+    is better, from there on.
+    """
+    middle = {name: values[len(values) // 2] for name, values in grid.items()}
+    best = min([middle | {"learning_rate": rate} for rate in DECADES], key=loss)
     while True:
         tuned = tune(grid, loss, best)
         rates = [tuned | {"learning_rate": rate} for rate in near(tuned["learning_rate"])]

@@ -41,6 +41,13 @@ def test_the_search_goes_on_from_a_better_rate_beyond_a_ridge():
     assert found == {"learning_rate": 3e-4, "tau": 1}
 
 
+def test_the_search_sees_a_better_rate_far_from_the_middle():
+    """From 1e-2, descent would go to 3e-2, from where 1e-3 is out of sight."""
+    losses = dict.fromkeys(compare.RATES, 3.0) | {1e-2: 2.0, 3e-2: 1.9, 1e-3: 1.0}
+    found = compare.search({"learning_rate": compare.RATES}, lambda s: losses[s["learning_rate"]])
+    assert found == {"learning_rate": 1e-3}
+
+
 def run_of(optimizer, rate, loss, seed=0, steps=200, **settings):
     return {
         "model": "gpt",
