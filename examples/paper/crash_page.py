@@ -84,6 +84,7 @@ class Sign(NamedTuple):
     seen: list[bool]
 
 
+MAPS = "Over a tenth of the maps collapse"
 QK = "‖W<sub>q</sub>ᵀW<sub>k</sub>‖₂"
 
 
@@ -123,13 +124,13 @@ def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
         block = int(np.argmin(means.min(0)))
         start, lowest = means[0, block], means[:, block].min()
         return f"block {block}: {start:.2f} nats at the start, at least {lowest:.2f}", bool(
-            lowest < start / 2
+            lowest < start / 10
         )
 
     def collapsed(run: Run, mode: CollapseMode) -> tuple[str, bool]:
         shares = (run.mode == mode).mean((1, 2, 3))
         text = f"{shares[-1]:.0%} of the maps at the end, at most {shares.max():.0%}"
-        return text, bool(shares.max() > 0)
+        return text, bool(shares.max() > 0.1)
 
     def concentration(run: Run) -> tuple[str, bool]:
         s = max(1, run.energy.shape[-1] // 8)
@@ -148,9 +149,9 @@ def find_signs(runs: dict[str, Run], entropy: float) -> list[Sign]:
         sign(f"The loss turns up, or ends above the targets' entropy, {entropy:.2f} nats", loss),
         sign(f"{QK} grows more than a hundredfold", growth, term="W_qW_k"),
         sign("Its energy concentrates: over 90 % in an eighth of the directions", concentration),
-        sign("The entropy of attention falls below half", attention),
-        sign("Maps collapse malignantly: sparse, low-rank", collapsed, mode=CollapseMode.MALIGNANT),
-        sign("Maps collapse benignly: sparse, not low-rank", collapsed, mode=CollapseMode.BENIGN),
+        sign("The entropy of attention falls below a tenth", attention),
+        sign(f"{MAPS} malignantly: sparse, low-rank", collapsed, mode=CollapseMode.MALIGNANT),
+        sign(f"{MAPS} benignly: sparse, not low-rank", collapsed, mode=CollapseMode.BENIGN),
         sign("‖x‖₂ grows more than a hundredfold", growth, term="x"),
         sign("‖∂L/∂x‖₂ vanishes: below a hundredth", vanishing),
     ]

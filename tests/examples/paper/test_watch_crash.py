@@ -164,9 +164,9 @@ def test_signs_of_a_crash_and_of_a_success():
     seen = {sign.name.split(",")[0].split(":")[0]: sign.seen for sign in signs}
     assert seen["The loss turns up"] == [True, False]
     assert seen["‖W<sub>q</sub>ᵀW<sub>k</sub>‖₂ grows more than a hundredfold"] == [True, False]
-    assert seen["The entropy of attention falls below half"] == [True, False]
-    assert seen["Maps collapse malignantly"] == [True, False]
-    assert seen["Maps collapse benignly"] == [False, False]
+    assert seen["The entropy of attention falls below a tenth"] == [True, False]
+    assert seen["Over a tenth of the maps collapse malignantly"] == [True, False]
+    assert seen["Over a tenth of the maps collapse benignly"] == [False, False]
     assert seen["Its energy concentrates"] == [True, False]
     values = {sign.name: sign.values for sign in signs}
     assert values["‖W<sub>q</sub>ᵀW<sub>k</sub>‖₂ grows more than a hundredfold"] == [
