@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import weyl_optax
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -19,3 +21,8 @@ def test_reference_has_every_public_name():
 def test_pictures_are_there(page):
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text()):
         assert (DOCS / picture).is_file()
+
+
+def test_citation_has_the_version():
+    citation = (DOCS.parent / "CITATION.cff").read_text()
+    assert f"\nversion: {weyl_optax.__version__}\n" in citation
