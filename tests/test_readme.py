@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = [
     pytest.param(name, block, id=f"{name}-{i}")
-    for name in ("README.md", "docs/many_devices.md", "docs/sister_papers.md")
+    for name in ("README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")))
     for i, block in enumerate(
         re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     )
@@ -15,7 +15,8 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("name", "block"), BLOCKS)
-def test_block_runs(name, block):
+def test_block_runs(name, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one writes a log
     exec(compile(block, name, "exec"), {})
 
 
