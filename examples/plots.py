@@ -40,10 +40,10 @@ COLORS |= {name: COLORS[alone] for name, alone in ALONE.items() if name != "adam
 # Kinds of weights, in colors of Tol's that no optimizer has.
 KINDS = {
     "attention/query": ("$W_q$", "#AA3377"),
-    "attention/key": ("$W_k$", "#EE6677"),
+    "attention/key": ("$W_k$", "#66CCEE"),
     "attention/value": ("$W_v$", "#CCBB44"),
     "attention/out": ("$W_o$", "#228833"),
-    "mlp/up": ("$W_1$", "#66CCEE"),
+    "mlp/up": ("$W_1$", "#EE6677"),
     "mlp/down": ("$W_2$", "#332288"),
 }
 
@@ -150,7 +150,7 @@ def learning_rates(lines: Lines) -> Figure:
         ax.set_ylim(bottom=1e-4 * rate.max())
         ax.set_title(f"block {block}")
     axes[0].set_ylabel("actual learning rate")
-    axes[-1].legend(frameon=False, ncols=2)
+    axes[-1].legend(frameon=False, ncols=2, loc="lower center")
     return figure
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from examples import plots
 from examples.paper import compare
 
 
@@ -84,6 +85,19 @@ def test_the_report_takes_the_settings_from_the_first_seed_and_the_mean_over_all
         3e-2: [np.inf],
     }
     assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+
+
+def test_labels_of_lines_with_the_same_end_are_apart_and_in_the_order_of_their_best():
+    losses = {
+        "adamw": {1e-3: [2.0], 1e-2: [9.0]},
+        "lion": {1e-3: [1.9], 1e-2: [np.inf]},
+        "adamw2": {1e-3: [1.8], 1e-2: [1.5, 1.6]},
+    }
+    (ax,) = plots.learning_rate_sweep(losses).axes
+    heights = {text.get_text(): text.xyann[1] for text in ax.texts}
+    assert list(heights) == ["AdamW², no warmup", "Lion, no warmup", "AdamW, no warmup"]
+    assert np.all(np.diff(list(heights.values())) > 0.03)
+    assert max(heights.values()) <= 1
 
 
 @pytest.mark.slow
