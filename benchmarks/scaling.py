@@ -33,6 +33,7 @@ def tree(num_leaves: int, *shape: int) -> trees.Tree:
     )
 
 
+COLORS = {peers.BASE: plots.COLORS["adamw"], peers.OURS: plots.COLORS["adamw2"]}
 AXES: Mapping[str, Mapping[int, trees.Tree]] = {
     "width (12 square matrices)": {d: tree(1, 12, d, d) for d in (128, 256, 512, 1024, 2048)},
     "depth (matrices of width 512)": {n: tree(1, n, 512, 512) for n in (3, 6, 12, 24, 48)},
@@ -67,7 +68,8 @@ def main(flags: Flags) -> None:
             )
         for which, seconds in times.items():
             label = f"{which}, slope {slope(list(by_size), seconds):.2f}"
-            ax.loglog(list(by_size), [1e3 * s for s in seconds], "o-", label=label)
+            milliseconds = [1e3 * s for s in seconds]
+            ax.loglog(list(by_size), milliseconds, "o-", color=COLORS[which], label=label)
         ax.set_xticks(list(by_size), labels=list(map(str, by_size)))
         ax.minorticks_off()
         ax.set_xlabel(name)

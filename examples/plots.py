@@ -1,12 +1,11 @@
 """The pictures of the examples."""
 
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import rcParams
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -39,16 +38,18 @@ COLORS = {
     "lion_ar": "#CC6677",
 }
 COLORS |= {name: COLORS[alone] for name, alone in ALONE.items() if name != "adamw2"}
+# Kinds of weights, in colors of Tol's that no optimizer has.
 KINDS = {
-    "attention/query": "$W_q$",
-    "attention/key": "$W_k$",
-    "attention/value": "$W_v$",
-    "attention/out": "$W_o$",
-    "mlp/up": "$W_1$",
-    "mlp/down": "$W_2$",
+    "attention/query": ("$W_q$", "#AA3377"),
+    "attention/key": ("$W_k$", "#66CCEE"),
+    "attention/value": ("$W_v$", "#CCBB44"),
+    "attention/out": ("$W_o$", "#228833"),
+    "mlp/up": ("$W_1$", "#EE6677"),
+    "mlp/down": ("$W_2$", "#332288"),
 }
 
 Lines = list[dict[str, Any]]
+Losses = dict[str, dict[float, list[float]]]  # by optimizer and peak rate: those of the seeds
 
 
 def curve(lines: Lines, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -143,34 +144,39 @@ def learning_rates(lines: Lines) -> Figure:
     depth = next(iter(scales.values())).shape[1]
     figure, axes = _axes(3)
     for ax, block in zip(axes, (0, depth // 2, depth - 1), strict=True):
-        for (kind, label), color in zip(KINDS.items(), COLORS.values(), strict=False):
+        for kind, (label, color) in KINDS.items():
             ax.plot(steps, rate * scales[kind][:, block], color=color, label=label)
         ax.plot(steps, rate, "--", color=rcParams["text.color"], label="schedule")
         ax.set_yscale("log")
         ax.set_ylim(bottom=1e-4 * rate.max())
         ax.set_title(f"block {block}")
     axes[0].set_ylabel("actual learning rate")
-    axes[-1].legend(frameon=False, ncols=2)
+    axes[-1].legend(frameon=False, ncols=2, loc="lower center")
     return figure
 
 
-def learning_rate_sweep(losses: dict[str, dict[float, float | None]]) -> Figure:
-    """Validation loss over peak learning rate, a line per optimizer."""
-    figure, ax = _axes(1)
+def learning_rate_sweep(losses: Losses) -> Figure:
+    """Validation loss over peak learning rate, a line per optimizer with its label at its end.
+
+    The lines are of the first seed. A bar is the range over the seeds, where there are several.
+    """
+    figure, axes = grid(1, 1, (9, 4.8))
+    ax = axes[0, 0]
     _draw_losses(ax, losses)
     _end_above_the_best(ax, losses)
+    _label_ends(ax, losses)
+    ax.set_xlabel("peak learning rate")
     ax.set_ylabel("validation loss in nats per token")
-    ax.legend(frameon=False, fontsize="small")
     return figure
 
 
-def with_and_without(losses: dict[str, dict[float, float | None]]) -> Figure:
+def with_and_without(losses: Losses) -> Figure:
     """The same, a panel for each optimizer that was trained with and without the bound."""
     pairs = [(alone, name) for name, alone in ALONE.items() if {name, alone} <= losses.keys()]
     pairs.sort(key=lambda pair: list(LABELS).index(pair[0]))
-    columns = max(1, min(4, len(pairs)))
+    columns = max(1, min(3, len(pairs)))
     rows = max(1, -(-len(pairs) // columns))
-    figure = Figure(figsize=(3.2 * columns, 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 2.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for ax, pair in zip(axes.flat, pairs, strict=False):
         _draw_losses(ax, {name: losses[name] for name in pair})
@@ -180,8 +186,8 @@ def with_and_without(losses: dict[str, dict[float, float | None]]) -> Figure:
     _end_above_the_best(axes[0, 0], {name: losses[name] for pair in pairs for name in pair})
     for ax in axes.flat[len(pairs) :]:
         ax.remove()
-    for ax in axes[:, 0]:
-        ax.set_ylabel("validation loss")
+    figure.supxlabel("peak learning rate", fontsize="medium")
+    figure.supylabel("validation loss in nats per token", fontsize="medium")
     if pairs:
         handles = [
             Line2D([], [], color=rcParams["text.color"], linestyle=line) for line in ("--", "-")
@@ -190,33 +196,71 @@ def with_and_without(losses: dict[str, dict[float, float | None]]) -> Figure:
     return figure
 
 
-def _draw_losses(ax: Axes, losses: dict[str, Any]) -> None:
+def _draw_losses(ax: Axes, losses: Losses) -> None:
     """Losses over peak rates; what has the bound is solid."""
     for name, by_rate in losses.items():
-        values = [np.nan if loss is None else loss for loss in by_rate.values()]
+        first = [seeds[0] for seeds in by_rate.values()]
         width = 3 if name == "adamw2" else 1.5
-        line = "o-" if name in ALONE else "o--"
-        ax.plot(list(by_rate), values, line, color=COLORS[name], label=LABELS[name], lw=width)
+        ax.plot(list(by_rate), first, f"o{_line(name)}", color=COLORS[name], ms=4, lw=width)
+        for rate, seeds in by_rate.items():
+            if len(seeds) > 1:
+                ax.plot([rate, rate], [min(seeds), max(seeds)], "_-", color=COLORS[name], ms=12)
     ax.set_xscale("log")
-    ax.set_xlabel("peak learning rate")
 
 
-def _end_above_the_best(ax: Axes, losses: dict[str, Any]) -> None:
+def _line(name: str) -> str:
+    return "-" if name in ALONE else "--"
+
+
+def _end_above_the_best(ax: Axes, losses: Losses) -> None:
     """Ends the axis a little above the best loss of every optimizer: higher runs have failed."""
-    found = [[loss for loss in by_rate.values() if loss is not None] for by_rate in losses.values()]
-    best = [min(values) for values in found if values]
+    best = [min(seeds[0] for seeds in by_rate.values()) for by_rate in losses.values()]
+    best = [loss for loss in best if np.isfinite(loss)]
     if best:
-        margin = 0.1 * max(best)
+        margin = 0.05 * max(best)
         ax.set_ylim(min(best) - margin, max(best) + 3 * margin)
 
 
+def _label_ends(ax: Axes, losses: Losses) -> None:
+    """The label of every line right of the axes, as high as its end, but none over another."""
+    (_, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    ends = {}
+    for name, by_rate in losses.items():
+        rate, (loss, *_) = list(by_rate.items())[-1]
+        ends[name] = (rate, loss) if loss < top else (right, top)
+    names = sorted(losses, key=lambda name: (ends[name][1], min(losses[name].values())))
+    heights = [(ends[name][1] - bottom) / (top - bottom) for name in names]
+    apart = 0.035
+    for i in range(1, len(names)):
+        heights[i] = max(heights[i], heights[i - 1] + apart)
+    above = 1 + apart
+    for i in reversed(range(len(names))):
+        above = heights[i] = min(heights[i], above - apart)
+    for name, height in zip(names, heights, strict=True):
+        ax.annotate(
+            LABELS[name],
+            ends[name],
+            (1.06, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize="small",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": COLORS[name],
+                "linestyle": _line(name),
+                "relpos": (0, 0.5),
+            },
+        )
+
+
 def tau_ablation(runs: dict[str, dict[float, Lines]]) -> Figure:
-    """Training loss of AdamW², a panel for each model and a line for each tau."""
+    """Training loss of AdamW², a panel for each model and a line for each tau, larger is darker."""
     figure, axes = _axes(len(runs), sharey=False)
     for ax, (model, by_tau) in zip(np.atleast_1d(axes), runs.items(), strict=True):
-        for (tau, lines), color in zip(by_tau.items(), cycle(COLORS.values()), strict=False):
-            ax.plot(*curve(lines, "loss"), color=color, label=rf"$\tau$ = {tau:g}")
+        shades = colormaps["viridis_r"](np.linspace(0.1, 1, len(by_tau)))
+        for tau, shade in zip(sorted(by_tau), shades, strict=True):
+            ax.plot(*curve(by_tau[tau], "loss"), color=shade, label=rf"$\tau$ = {tau:g}")
         ax.set_title({"gpt": "GPT", "swin": "Swin"}[model])
         ax.set_ylabel("training loss in nats")
-        ax.legend(frameon=False)
+    ax.legend(frameon=False)
     return figure

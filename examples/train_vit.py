@@ -13,17 +13,23 @@ PresetName = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(processes.Flags, vision.Config):
-    """Train the same classifier on the same batches with several optimizers, and compare them."""
+class First:
+    """The flags that `--help` shows first."""
 
     preset: PresetName = "nano"
-    """The defaults of all other flags: for two CPU cores, or the paper's recipes for ImageNet."""
+    """What all other flags are by default: nano is for two CPU cores, the others the paper's
+    recipes for ImageNet."""
     runs: tuple[optimizers.Name, ...] = ("adamw", "adamw_warmup", "adamw2")
-    """The optimizers to train with, in this order."""
+    """The optimizers to compare. Each trains the same model, one after the other."""
     out: Path = Path("runs/train_vit")
-    """The folder of the run."""
+    """The folder for the results: the losses, the pictures and the checkpoints."""
     resume: bool = False
-    """Go on with the run in that folder."""
+    """Go on with the run in that folder, from its last checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(processes.Flags, vision.Config, First):
+    """Train the same classifier on the same batches with several optimizers, and compare them."""
 
 
 def parse(arguments: list[str] | None = None) -> Flags:

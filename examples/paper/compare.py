@@ -202,15 +202,11 @@ def best_settings(lines: plots.Lines, name: str) -> Settings:
     return min(_on_first_seed(lines, name), key=_loss)["settings"]
 
 
-def losses_by_rate(lines: plots.Lines, name: str) -> dict[float, float | None]:
-    """The losses on the first seed over the peak rate, all else as in the best settings."""
+def losses_by_rate(lines: plots.Lines, name: str) -> dict[float, list[float]]:
+    """The losses over the peak rate, all else as in the best settings: first the first seed's."""
     best = best_settings(lines, name)
-    return {
-        rate: line["val_loss"]
-        for rate in RATES
-        for line in _on_first_seed(lines, name)
-        if line["settings"] == best | {"learning_rate": rate}
-    }
+    found = {rate: _losses(lines, name, best | {"learning_rate": rate}) for rate in RATES}
+    return {rate: losses for rate, losses in found.items() if losses}
 
 
 def report(lines: plots.Lines) -> str:
@@ -218,9 +214,7 @@ def report(lines: plots.Lines) -> str:
     rows = [("", "best settings", "validation loss, mean ± standard deviation", "seeds")]
     for name in names(lines):
         best = best_settings(lines, name)
-        losses = [
-            _loss(line) for line in lines if line["optimizer"] == name and line["settings"] == best
-        ]
+        losses = _losses(lines, name, best)
         spread = f" ± {np.std(losses, ddof=1):.3f}" if len(losses) > 1 else ""
         settings = ", ".join(f"{key} {_short(value)}" for key, value in best.items())
         mean = f"{np.mean(losses):.3f}{spread}"
@@ -230,6 +224,12 @@ def report(lines: plots.Lines) -> str:
 
 def _on_first_seed(lines: plots.Lines, name: str) -> plots.Lines:
     return [line for line in lines if line["optimizer"] == name and line["seed"] == 0]
+
+
+def _losses(lines: plots.Lines, name: str, settings: Settings) -> list[float]:
+    """Those with some settings, in the order of the seeds."""
+    found = [line for line in lines if line["optimizer"] == name and line["settings"] == settings]
+    return [_loss(line) for line in sorted(found, key=lambda line: line["seed"])]
 
 
 def _loss(line: Mapping[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import jax
@@ -184,6 +185,13 @@ def test_trains_on_nanogpt_tokens_in_bfloat16_without_bias(tmp_path, capsys):
     val_loss = lines(tmp_path / "out", "adamw")[-1]["val_loss"]
     assert abs(val_loss - np.log(50257)) < 0.5
     assert "writes" not in capsys.readouterr().out  # tokens, not text
+
+
+def test_help_begins_with_the_preset_the_optimizers_and_the_folder(capsys):
+    with pytest.raises(SystemExit):
+        train_gpt.parse(["--help"])
+    shown = re.findall(r"^\W*(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert shown[:5] == ["--preset", "--runs", "--out", "--resume", "--learning-rate"]
 
 
 def test_presets_are_the_defaults_of_the_other_flags():

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from examples import plots
 from examples.paper import compare
 
 
@@ -85,8 +86,25 @@ def test_the_report_takes_the_settings_from_the_first_seed_and_the_mean_over_all
     assert lines[1].endswith("  2")
     assert "learning_rate 0.001, betas (0.9, 0.95)" in lines[2]
     assert "2.900" in lines[2]
-    assert compare.losses_by_rate(RUNS, "adamw2") == {1e-3: 2.5, 1e-2: 2.4, 3e-2: None}
+    assert compare.losses_by_rate(RUNS, "adamw2") == {
+        1e-3: [2.5, 2.2],
+        1e-2: [2.4, 2.3],
+        3e-2: [np.inf],
+    }
     assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+
+
+def test_labels_of_lines_with_the_same_end_are_apart_and_in_the_order_of_their_best():
+    losses = {
+        "adamw": {1e-3: [2.0], 1e-2: [9.0]},
+        "lion": {1e-3: [1.9], 1e-2: [np.inf]},
+        "adamw2": {1e-3: [1.8], 1e-2: [1.5, 1.6]},
+    }
+    (ax,) = plots.learning_rate_sweep(losses).axes
+    heights = {text.get_text(): text.xyann[1] for text in ax.texts}
+    assert list(heights) == ["AdamW², no warmup", "Lion, no warmup", "AdamW, no warmup"]
+    assert np.all(np.diff(list(heights.values())) > 0.03)
+    assert max(heights.values()) <= 1
 
 
 @pytest.mark.slow
