@@ -31,7 +31,7 @@ COLORS = {
     "gi_adamw": "#882255",
     "noise_share": "#999933",
     "soft_clip": "#117733",
-    "qk_clip": "#332288",
+    "qk_clip": "#EE99AA",
     "keep_norm": "#88CCEE",
     "adam_h": "#AA4499",
     "lion_a": "#DDCC77",
