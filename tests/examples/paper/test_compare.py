@@ -110,6 +110,7 @@ def test_labels_of_lines_with_the_same_end_are_apart_and_in_the_order_of_their_b
 @pytest.mark.slow
 def test_what_the_table_has_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "RATES", (1e-3, 3e-3))
+    monkeypatch.setattr(compare, "DECADES", (1e-3,))
     flags = compare.Flags(
         steps=10, runs=("schedule_free",), seeds=2, table=tmp_path / "table.jsonl",
         out=tmp_path / "out",
