@@ -90,6 +90,7 @@ def _bounded_adam(norms: Norms) -> Callable[[Any], optax.GradientTransformation]
 
 
 def _matrices_only(numbers: Any) -> Any:
+    """None for vectors, and for what reduces axis 0: embeddings, heads and LoRA's leaves."""
     return jax.tree.map(lambda n: n if n.reduction_axis else None, numbers, is_leaf=is_numbers)
 
 
