@@ -33,7 +33,7 @@ def measured(seed: int) -> dict[str, str | float]:
     """A line of the table."""
     task = nano.load("gpt")
     config = dataclasses.replace(task.config, seed=seed)
-    task = task.make_task("adamw", config, task.data)
+    task = task.make_task(config, task.data)
     batch = jax.tree.map(lambda x: x[0], training.next_batch(task, 1))
     graph, params, rest = nnx.split(task.model, nnx.Param, ...)
     params, rest = nnx.as_pure(params), nnx.as_pure(rest)

@@ -85,7 +85,7 @@ def record() -> optax.GradientTransformation:
 def run(model: nano.Nano, steps: int) -> Iterator[Step]:
     """Trains with AdamW², and hands every update over."""
     config = model.config
-    task = model.make_task("adamw2", config, model.data)
+    task = model.make_task(config, model.data)
     numbers = nnx.to_pure_dict(dimension_numbers(task.model))
     rate = optax.cosine_decay_schedule(config.learning_rate, steps)
     bound = scale_by_weyl_bound(

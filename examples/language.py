@@ -1,7 +1,6 @@
 """A GPT on text: its flags, its data, and how it is trained."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,54 +106,43 @@ def make_model(config: Config, corpus: Corpus) -> GPT:
     return GPT(size, rngs=nnx.Rngs(config.seed))
 
 
-def make_task(
-    name: str,
-    config: Config,
-    corpus: Corpus,
-    snapshot: Callable[[GPT], dict[str, jax.Array]] | None = None,
-) -> training.Task:
-    """What training a GPT with the optimizer of that name is about."""
-    rows = config.batch // config.accumulate
-    shard = ShardByJaxProcess()
+def make_task(config: Config, corpus: Corpus) -> training.Task:
+    """A GPT on its mesh, its batches and its loss."""
     mesh = program.make_mesh(config)
     return training.Task(
         mesh=mesh,
         model=placement.place_model(make_model(config, corpus), mesh),
-        batches=training_batches(corpus.train, config.sequence_length, rows, config.seed, shard),
-        loss=next_token_loss,
-        validation=validation_batches(
-            corpus.validation,
+        batches=training_batches(
+            corpus.train,
             config.sequence_length,
-            rows,
-            config.validation_batches,
-            shard,
+            config.batch // config.accumulate,
+            config.seed,
+            ShardByJaxProcess(),
         ),
-        evaluate=lambda model, batch: {
-            "loss": next_token_loss(model, batch),
-            "count": jnp.ones([]),
-        },
-        observe=program.observe(name, lambda model: [model.blocks]),
-        max_logits=program.max_logits(name, lambda batch: batch[:, :-1]),
-        snapshot=snapshot,
+        loss=placement.spread_rows(next_token_loss, mesh),
     )
 
 
-def train(
-    name: str,
-    config: Config,
-    corpus: Corpus,
-    folder: Path,
-    snapshot: Callable[[GPT], dict[str, jax.Array]] | None = None,
-) -> GPT:
-    """Trains a GPT with the optimizer of that name; see `training.train`."""
-    task = make_task(name, config, corpus, snapshot)
-    return program.train(name, config, config.steps, task, folder)
+def held_out(config: Config, corpus: Corpus) -> list[np.ndarray]:
+    """The batches of a validation, of which each process has its rows."""
+    return validation_batches(
+        corpus.validation,
+        config.sequence_length,
+        config.batch // config.accumulate,
+        config.validation_batches,
+        ShardByJaxProcess(),
+    )
 
 
 def next_token_loss(model: GPT, batch: jax.Array) -> jax.Array:
     """Cross entropy in nats per token. The batch, (B, T + 1), holds inputs and targets."""
     logits = model(batch[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+
+def evaluate(model: GPT, batch: jax.Array) -> dict[str, jax.Array]:
+    """The loss of a batch, and that it counts as one."""
+    return {"loss": next_token_loss(model, batch), "count": jnp.ones([])}
 
 
 def generate(model: GPT, prompt: str, length: int, seed: int, temperature: float = 0.8) -> str:

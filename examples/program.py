@@ -21,7 +21,7 @@ from examples import optimizers, placement, processes, results, training
 from examples.checkpoints import Damaged
 from models import layers
 from weyl_optax import bound_metrics, spectral_norm
-from weyl_optax.flax import dimension_numbers
+from weyl_optax.dynamics import watch
 
 # Flags that say where a run is, and not what it is: they may change when it goes on.
 WHERE = {"out", "resume", "mesh", *(field.name for field in dataclasses.fields(processes.Flags))}
@@ -62,6 +62,10 @@ class Config(optimizers.Settings):
         self.check_at_least(0, "learning_rate", "tau", "warmup", "weight_decay", "adam_share")
         self.check_at_least(0, "max_norm", "max_logit", "clip", "watch")
         self.check_fraction("betas")
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether a step is the first, the last, or one of `every`, which may be 0 for never."""
+        return every > 0 and (step % every == 0 or step in (1, self.steps))
 
     def check_at_least(self, least: int, *names: str) -> None:
         """Raises ValueError where a flag is below."""
@@ -198,20 +202,6 @@ def make_mesh(config: Config) -> Mesh:
     return placement.make_mesh(config.mesh, config.batch // config.accumulate)
 
 
-def train(name: str, config: Config, steps: int, task: training.Task, folder: Path) -> nnx.Module:
-    """Trains the model of a task with the optimizer of that name; see `training.train`."""
-    optimizer, learning_rate = optimizers.make(name, config, steps, dimension_numbers(task.model))
-    plan = training.Plan(
-        steps=steps,
-        accumulate=config.accumulate,
-        log_every=config.log_every,
-        validate_every=config.validate_every,
-        save_every=config.save_every,
-        watch_every=config.watch,
-    )
-    return training.train(name, task, optimizer, learning_rate, plan, folder)
-
-
 def train_each(flags: Any, train: Callable[[str], nnx.Module]) -> dict[str, Any]:
     """The models that `train` makes with the optimizers in `flags.runs`, by name."""
     mesh, available = make_mesh(flags), jax.device_count()
@@ -255,6 +245,16 @@ def observe(
         return found | bound_metrics(opt_state) if name == "adamw2" else found
 
     return metrics
+
+
+def measure(loss: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], dict[str, jax.Array]]:
+    """The paper's 15 terms in every block, on the first micro-batch, as `watch/<name>`."""
+
+    def terms(model: Any, batch: Any) -> dict[str, jax.Array]:
+        found = watch(model, jax.tree.map(lambda x: x[0], batch), loss)
+        return {f"watch/{name}": value for name, value in found.items()}
+
+    return terms
 
 
 def _qk(blocks: Any) -> jax.Array:

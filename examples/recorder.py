@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,24 @@ Line = dict[str, Any]
 
 
 class Recorder:
-    """The record of one run in a folder, which several runs may share."""
+    """The record of one run in a folder, which several runs may share.
+
+    It writes `metrics.jsonl`, in which each logged step is a line with this `run`;
+    `checkpoints/<name>`; `tensorboard/<name>`; and `snapshots/<name>/<step>.npz`. Where
+    several processes train, they write a checkpoint together, and the first one all else.
+    """
 
     def __init__(self, folder: Path, name: str, mesh: Mesh):
+        self.name = name
         self._file = folder / "metrics.jsonl"
         self._snapshots = folder / "snapshots" / name
-        self._name = name
         self._checkpoints = Checkpoints(folder / "checkpoints" / name)
         self._devices = {"mesh": dict(mesh.shape), "processes": jax.process_count()}
         self._board = SummaryWriter(
             str(folder / "tensorboard" / name), write_to_disk=processes.is_first()
         )
         self._last: Line | None = None  # of the lines of this run
+        self._since: tuple[int, float] | None = None  # the step and the time of the last record
         self.diverged = False
         self.was_on_same_devices = True  # the checkpoint that was restored
 
@@ -62,16 +69,29 @@ class Recorder:
         lines, damaged = _read(self._file)
         if damaged:
             tqdm.write(f"{self._file}: {damaged} damaged lines are left out.")
-        kept = [line for line in lines if line["run"] != self._name or line["step"] <= step]
+        kept = [line for line in lines if line["run"] != self.name or line["step"] <= step]
         if self._last is not None and self._last not in kept:
             kept.append(self._last)
         if damaged or kept != lines:
             _replace(self._file, "".join(json.dumps(line) + "\n" for line in kept))
 
+    @property
+    def loss(self) -> str:
+        """That of the last line, for the progress bar."""
+        return "-" if self._last is None or self.diverged else f"{self._last['loss']:.3f}"
+
+    def speed(self, step: int) -> dict[str, float]:
+        """Steps in a second since the last record; nothing before, when programs compile."""
+        if self._since is None or self._since[0] == step:
+            return {}
+        since, start = self._since
+        return {"steps_per_second": (step - since) / (time.perf_counter() - start)}
+
     def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
         """Saves a checkpoint."""
         rest = {"batches": batches.get_state(), "last": self._last, "devices": self._devices}
         self._checkpoints.save(step, state, rest)
+        self._since = step, time.perf_counter()
 
     def save_snapshot(self, step: int, arrays: dict[str, jax.Array]) -> None:
         """Saves arrays of a watched step."""
@@ -82,8 +102,11 @@ class Recorder:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds a line, with null for what is not finite."""
-        self.diverged = not math.isfinite(metrics["loss"])
-        line = {"run": self._name, "step": step}
+        loss = metrics["loss"]
+        self.diverged = not math.isfinite(loss)
+        if self.diverged:
+            tqdm.write(f"{self.name}: the loss is {loss} at step {step}. This run ends here.")
+        line = {"run": self.name, "step": step}
         for key, value in metrics.items():
             line[key] = jax.tree.map(_finite_or_none, np.asarray(value, float).tolist())
             for place, scalar in np.ndenumerate(value):
@@ -92,6 +115,7 @@ class Recorder:
         if processes.is_first():
             with self._file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        self._since = step, time.perf_counter()
 
 
 def read_metrics(folder: Path, name: str) -> list[Line]:

@@ -1,11 +1,21 @@
 """Train a GPT at full learning rate: AdamW without and with warmup, and AdamW²."""
 
+import contextlib
 import dataclasses
+import functools
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from examples import language, optimizers, processes, program, results
+import jax
+from flax import nnx
+
+from examples import language, optimizers, processes, program, results, training
+from examples.recorder import Recorder
 from examples.text_data import Corpus
+from models.gpt import GPT
+from weyl_optax.flax import dimension_numbers
 
 PresetName = Literal["nano", "gpt2-small", "gpt2-large"]
 
@@ -35,10 +45,82 @@ def parse(arguments: list[str] | None = None) -> Flags:
     return program.parse(Flags, language.PRESETS, arguments)
 
 
+def train(
+    name: str,
+    config: language.Config,
+    corpus: Corpus,
+    folder: Path,
+    norms: bool = True,
+    snapshot: Callable[[GPT], dict[str, jax.Array]] | None = None,
+) -> GPT:
+    """Trains a GPT with the optimizer of that name, and returns it.
+
+    It starts from the newest checkpoint, if `folder` has one, and writes there what a
+    `Recorder` does. A loss that is not finite ends the run. Several processes train together.
+
+    Args:
+        name: Of `optimizers.OPTIMIZERS`.
+        config: Its settings, and the model's.
+        corpus: What the model learns.
+        folder: For all that is written.
+        norms: Whether to log the spectral norms of attention, and what the bound did.
+        snapshot: What to keep of the model at every watched step.
+
+    Raises:
+        training.Stopped: After Ctrl-C, in any process, with everything saved.
+    """
+    task = language.make_task(config, corpus)
+    numbers = dimension_numbers(task.model)
+    optimizer, learning_rate = optimizers.make(name, config, config.steps, numbers)
+    max_logits = program.max_logits(name, lambda tokens: tokens[:, :-1])
+    graph, state, update = training.start(task.model, task.loss, optimizer, max_logits)
+
+    of_model = functools.partial(training.of_model, graph, task.mesh)
+    observe = of_model(program.observe(name, lambda model: [model.blocks]))
+    measure = of_model(program.measure(task.loss))
+    keep = of_model(snapshot) if snapshot else None
+    validate = training.make_validate(
+        graph, task.mesh, language.held_out(config, corpus), language.evaluate
+    )
+    with (
+        contextlib.closing(task.batches),
+        Recorder(folder, name, task.mesh) as recorder,
+        training.stop_signal() as stopped,
+    ):
+        done, state = recorder.restore(state, task.batches)
+        for step in training.steps(recorder, done, config.steps):
+            last = step == config.steps
+            batch = training.next_batch(task, config.accumulate)
+            watched = {}
+            if config.is_due(step, config.watch):  # of the weights that give the loss
+                watched = measure(state, batch)
+                if keep:
+                    recorder.save_snapshot(step, keep(state))
+            state, loss = update(state, batch)
+            validated = step % config.validate_every == 0 or last
+            if watched or validated or config.is_due(step, config.log_every):
+                metrics = {
+                    "loss": float(loss),
+                    "learning_rate": float(learning_rate(step - 1)),
+                    **recorder.speed(step),
+                    **(observe(state, state["opt_state"]) if norms else {}),
+                    **watched,
+                }
+                if validated and math.isfinite(metrics["loss"]):
+                    metrics |= validate(state)
+                recorder.write(step, metrics)
+            stop = stopped()
+            if step % config.save_every == 0 or last or recorder.diverged or stop:
+                recorder.save(step, state, task.batches)
+            if stop and not last:
+                raise training.Stopped(f"{name} is saved at step {step}")
+    return nnx.merge(graph, state["params"], state["rest"])
+
+
 def main(flags: Flags, corpus: Corpus) -> None:
     """Trains, and shows text, a table, what it says, and pictures."""
     print(f"{corpus.train.size:,} tokens to train on, {corpus.validation.size:,} held out.")
-    models = program.train_each(flags, lambda name: language.train(name, flags, corpus, flags.out))
+    models = program.train_each(flags, lambda name: train(name, flags, corpus, flags.out))
     if "adamw2" in models and corpus.is_text:
         text = language.generate(models["adamw2"], prompt="def ", length=240, seed=flags.seed)
         print(f"\nWhat the model trained with AdamW² writes:\n\n{text}\n")

@@ -1,7 +1,7 @@
 """A ViT or a Swin on images: its flags, its data, and how it is trained."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,43 +168,25 @@ def normalize(images: Images, pixels: jax.Array) -> jax.Array:
     return (pixels / 255 - np.array(images.mean)) / np.array(images.std)
 
 
-def make_task(
-    name: str,
-    config: Config,
-    images: Images,
-    snapshot: Callable[[ViT | Swin], dict[str, jax.Array]] | None = None,
-) -> training.Task:
-    """What training a classifier with the optimizer of that name is about."""
-    rows = config.batch // config.accumulate
-    shard = ShardByJaxProcess()
+def make_task(config: Config, images: Images) -> training.Task:
+    """A classifier on its mesh, its batches and its loss."""
     mesh = program.make_mesh(config)
     model = placement.place_model(make_model(config, images), mesh)
-    size = model.config.image_size
-
-    def logits(model: ViT | Swin, pixels: jax.Array) -> jax.Array:
-        return model(normalize(images, pixels))
 
     def loss(model: ViT | Swin, batch: dict[str, jax.Array]) -> jax.Array:
+        """Cross entropy in nats per image."""
         targets = batch["target"]
-        losses = optax.softmax_cross_entropy(logits(model, batch["image"]), targets)
+        logits = model(normalize(images, batch["image"]))
+        losses = optax.softmax_cross_entropy(logits, targets)
         return losses.sum() / jnp.maximum(targets.sum(), 1)
-
-    def evaluate(model: ViT | Swin, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        found, label, weight = logits(model, batch["image"]), batch["label"], batch["weight"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(found, label)
-        return {
-            "loss": (weight * losses).sum(),
-            "accuracy": (weight * (found.argmax(-1) == label)).sum(),
-            "count": weight.sum(),
-        }
 
     return training.Task(
         mesh=mesh,
         model=model,
         batches=training_batches(
             images,
-            size,
-            rows,
+            model.config.image_size,
+            config.batch // config.accumulate,
             Augmentation(
                 config.rand_augment,
                 config.random_erasing,
@@ -214,28 +196,37 @@ def make_task(
             ),
             config.seed,
             config.workers,
-            shard,
+            ShardByJaxProcess(),
         ),
-        loss=loss,
-        validation=validation_batches(images, size, rows, config.workers, shard),
-        evaluate=evaluate,
-        observe=program.observe(name, _stacks),
-        max_logits=program.max_logits(name, lambda batch: normalize(images, batch["image"])),
-        snapshot=snapshot,
+        loss=placement.spread_rows(loss, mesh),
     )
 
 
-def train(
-    name: str,
-    config: Config,
-    images: Images,
-    folder: Path,
-    snapshot: Callable[[ViT | Swin], dict[str, jax.Array]] | None = None,
-) -> ViT | Swin:
-    """Trains a classifier with the optimizer of that name; see `training.train`."""
-    task = make_task(name, config, images, snapshot)
-    return program.train(name, config, num_steps(config, images), task, folder)
+def held_out(config: Config, images: Images) -> Iterable[dict[str, np.ndarray]]:
+    """The batches of a validation, of which each process has its rows."""
+    return validation_batches(
+        images,
+        SIZES[config.model].image_size,
+        config.batch // config.accumulate,
+        config.workers,
+        ShardByJaxProcess(),
+    )
 
 
-def _stacks(model: ViT | Swin) -> list[nnx.Module]:
+def evaluate(
+    images: Images, model: ViT | Swin, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The loss and the hits of a batch, and how many images it has."""
+    logits = model(normalize(images, batch["image"]))
+    label, weight = batch["label"], batch["weight"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
+    return {
+        "loss": (weight * losses).sum(),
+        "accuracy": (weight * (logits.argmax(-1) == label)).sum(),
+        "count": weight.sum(),
+    }
+
+
+def stacks(model: ViT | Swin) -> list[nnx.Module]:
+    """The stacked blocks of a model, those of each stage of a Swin apart."""
     return [model.blocks] if isinstance(model, ViT) else [stage.blocks for stage in model.stages]

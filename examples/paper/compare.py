@@ -179,9 +179,7 @@ class Runs:
         parts = [*self._what.values(), name, seed, *settings.values()]
         folder = flags.out / "-".join(map(str, parts)).replace(" ", "")
         folder.mkdir(exist_ok=True)
-        task = self._task.make_task(name, config, self._task.data)
-        task = dataclasses.replace(task, observe=lambda model, opt_state: {})
-        program.train(name, config, flags.steps, task, folder)
+        self._task.train(name, config, self._task.data, folder, norms=False)
         summary = results.summarize(folder, name)
         kept = ("val_loss", "val_accuracy", "train_loss", "diverged_at")
         line = run | {key: summary[key] for key in kept if key in summary}

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from flax import nnx
 
-from examples import language, program, training, vision
+from examples import language, program, train_gpt, train_vit, training, vision
 from examples.image_data import Images, load_images
 from examples.text_data import Corpus, load_corpus
 
@@ -25,6 +25,8 @@ class Nano(NamedTuple):
 def load(name: Name) -> Nano:
     """A GPT on Python's standard library, or a ViT or Swin on scikit-learn's digits."""
     if name == "gpt":
-        return Nano(language.train, language.make_task, language.PRESETS["nano"], load_corpus(None))
+        return Nano(
+            train_gpt.train, language.make_task, language.PRESETS["nano"], load_corpus(None)
+        )
     config = dataclasses.replace(vision.PRESETS["nano"], model=f"{name}-nano")
-    return Nano(vision.train, vision.make_task, config, load_images(None, num_channels=1))
+    return Nano(train_vit.train, vision.make_task, config, load_images(None, num_channels=1))

@@ -90,7 +90,7 @@ def test_a_run_on_eight_devices_resumes_on_four(on_eight, tmp_path, monkeypatch,
 @pytest.fixture(scope="module")
 def task():
     config = language.Config(batch=16, accumulate=2, sequence_length=16, mesh="data=2,fsdp=4")
-    return language.make_task("adamw", config, load_corpus(None))
+    return language.make_task(config, load_corpus(None))
 
 
 def test_the_largest_axis_that_is_no_layer_is_divided(task):
@@ -116,8 +116,7 @@ def test_no_moment_is_ever_whole_on_a_device(task, name):
     params = nnx.as_pure(nnx.state(task.model, nnx.Param))
     shardings = state_shardings(optimizer, params)
     init = jax.jit(optimizer.init, out_shardings=shardings).lower(params).compile()
-    loss = placement.spread_rows(task.loss, task.mesh)
-    _, state, update = training.start(task.model, loss, optimizer)
+    _, state, update = training.start(task.model, task.loss, optimizer)
     step = update.lower(state, training.next_batch(task, 2)).compile()
     kernels = [x for x in jax.tree.leaves(params["blocks"]) if not x.sharding.is_fully_replicated]
     divided = {x.shape: x.sharding for x in kernels}
@@ -132,8 +131,7 @@ def test_no_moment_is_ever_whole_on_a_device(task, name):
 
 
 def test_weights_are_gathered_and_activations_stay_where_they_are(task):
-    loss = placement.spread_rows(task.loss, task.mesh)
-    _, state, update = training.start(task.model, loss, optax.sgd(0.1))
+    _, state, update = training.start(task.model, task.loss, optax.sgd(0.1))
     text = update.lower(state, training.next_batch(task, 2)).compile().as_text()
     assert re.search(r"= f32\[128,4,32\]\S* all-gather", text)  # the query of a layer
     assert "all-to-all" not in text

@@ -19,7 +19,7 @@ from models import layers
 from weyl_optax.flax import dimension_numbers
 
 SMALL = (
-    "--steps 12 --warmup 3 --batch 4 --sequence-length 16 --log-every 3 --validate-every 6 "
+    "--steps 12 --warmup 3 --batch 4 --sequence-length 16 --log-every 3 --validate-every 7 "
     "--validation-batches 1"
 ).split()
 
@@ -53,7 +53,8 @@ def test_leaves_a_whole_run_folder(finished, capsys):
     assert list(summary["runs"]) == ["adamw", "adamw_warmup", "adamw2"]
     for name, result in summary["runs"].items():
         logged = lines(finished, name)
-        assert [line["step"] for line in logged] == [1, 3, 4, 6, 8, 9, 12]
+        assert [line["step"] for line in logged] == [1, 3, 4, 6, 7, 8, 9, 12]
+        assert [line["step"] for line in logged if "val_loss" in line] == [7, 12]
         assert result["val_loss"] == logged[-1]["val_loss"]
         assert result["max_qk_sigma"] == max(s for line in logged for s in line["qk_sigma"])
         assert result["steps_per_second"] > 0
@@ -93,7 +94,7 @@ class CtrlC:
 
         def press(recorder, at, metrics):
             write(recorder, at, metrics)
-            if (recorder._name, at) == (name, step):
+            if (recorder.name, at) == (name, step):
                 os.kill(os.getpid(), signal.SIGINT)
 
         monkeypatch.setattr(recorder.Recorder, "write", press)
@@ -129,7 +130,7 @@ def test_resumes_from_the_last_checkpoint_after_a_kill(finished, tmp_path, monke
         )
         with pytest.raises(MemoryError):
             run(out, *flags)
-    assert [line["step"] for line in lines(out, "adamw2")] == [1, 3, 4, 6, 8, 9]
+    assert [line["step"] for line in lines(out, "adamw2")] == [1, 3, 4, 6, 7, 8, 9]
     run(out, *flags, "--resume")
     assert lines(out, "adamw2") == lines(finished, "adamw2")
 
@@ -170,7 +171,7 @@ def test_accumulation_takes_the_same_steps(tmp_path):
             parts,
         )
         logged.append(lines(tmp_path / parts, "adamw"))
-    assert [line["step"] for line in logged[0]] == [1, 3, 6, 9, 12]
+    assert [line["step"] for line in logged[0]] == [1, 3, 6, 7, 9, 12]
     for one, four in zip(*logged, strict=True):
         np.testing.assert_allclose(one["loss"], four["loss"], rtol=1e-3)
 
@@ -271,12 +272,13 @@ def test_qk_clip_sees_the_logits_of_the_whole_batch():
     config = language.Config(
         model="nano", batch=4, accumulate=2, sequence_length=16, learning_rate=0.0, max_logit=1e-2
     )
-    task = language.make_task("qk_clip", config, corpus)
+    task = language.make_task(config, corpus)
     optimizer, _ = optimizers.make("qk_clip", config, 4, dimension_numbers(task.model))
     batch = training.next_batch(task, config.accumulate)
     inputs = batch.reshape(4, 17)[:, :-1]
     before = layers.largest_logits(task.model, inputs)
-    graph, state, update = training.start(task.model, task.loss, optimizer, task.max_logits)
+    max_logits = program.max_logits("qk_clip", lambda tokens: tokens[:, :-1])
+    graph, state, update = training.start(task.model, task.loss, optimizer, max_logits)
     state, _ = update(state, batch)
     # In the first block, which sees the same as before.
     after = layers.largest_logits(nnx.merge(graph, state["params"], state["rest"]), inputs)

@@ -7,7 +7,7 @@ import pytest
 import reference
 from flax import nnx
 
-from examples import language, results
+from examples import language, results, train_gpt
 from examples.text_data import load_corpus, training_batches
 from weyl_optax import bound_metrics, scale_by_weyl_bound
 from weyl_optax._dimension_numbers import leaves_with_path, resolve_dimension_numbers
@@ -107,7 +107,7 @@ def test_no_matrix_grows_by_more_than_rule_1_and_the_error_of_the_estimate(recor
 @pytest.mark.slow
 def test_trains_without_warmup_where_adamw_does_not(corpus, tmp_path):
     for name in ("adamw", "adamw2"):
-        language.train(name, CONFIG, corpus, tmp_path)
+        train_gpt.train(name, CONFIG, corpus, tmp_path)
     adamw, adamw2 = (results.summarize(tmp_path, name) for name in ("adamw", "adamw2"))
     print(adamw, adamw2)
     assert adamw2["val_loss"] < adamw["val_loss"] - 0.2
