@@ -9,7 +9,7 @@ author = "The weyl-optax authors"
 copyright = "The weyl-optax authors"
 version = release = weyl_optax.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
 templates_path = []
 
@@ -24,6 +24,10 @@ if os.environ.get("DOCS_INTERSPHINX"):
     }
 
 myst_heading_anchors = 3
+
+# The notebook is kept without its results: a build runs it, and an error in it ends the build.
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
 
 autodoc_typehints = "none"  # unions of arrays and schedules: longer than what they annotate
 autodoc_preserve_defaults = True
