@@ -11,33 +11,21 @@ from flax import nnx
 from weyl_optax import adamw2
 from weyl_optax.flax import dimension_numbers
 
-TEXT = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8)
-WIDTH, LENGTH, BATCH, STEPS = 64, 64, 16, 200
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.norm_1, self.norm_2 = (nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2))
-        self.attention = nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
-        self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x += self.attention(self.norm_1(x), mask=nnx.make_causal_mask(x[..., 0]))
-        return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
+TEXT = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8).astype(np.int32)
 
 
 class Transformer(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.token, self.position = (nnx.Embed(n, WIDTH, rngs=rngs) for n in (256, LENGTH))
-        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
-        self.head = nnx.Linear(WIDTH, 256, rngs=rngs)
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.token, self.position = (nnx.Embed(n, width, rngs=rngs) for n in (256, 64))
+        self.norm_1, self.norm_2 = (nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
+        self.attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
+        self.up, self.down = (nnx.Linear(width, width, rngs=rngs) for _ in range(2))
+        self.head = nnx.Linear(width, 256, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.token(tokens) + self.position(np.arange(LENGTH))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        x = self.token(tokens) + self.position(np.arange(64))
+        x += self.attention(self.norm_1(x), mask=nnx.make_causal_mask(tokens))
+        return self.head(x + self.down(nnx.gelu(self.up(self.norm_2(x)))))
 
 
 @nnx.jit
@@ -51,14 +39,12 @@ def train(model: Transformer, optimizer: nnx.Optimizer, tokens: jax.Array) -> ja
     return loss
 
 
-model = Transformer(nnx.Rngs(0))
-schedule = optax.cosine_decay_schedule(1e-2, STEPS)  # no warmup
+model = Transformer(width=128, rngs=nnx.Rngs(0))
+schedule = optax.cosine_decay_schedule(1e-2, 200)  # no warmup
 solver = adamw2(schedule, b2=0.95, weight_dimension_numbers=dimension_numbers(model))
 optimizer = nnx.Optimizer(model, solver, wrt=nnx.Param)
-rng = np.random.default_rng(0)
-for step in range(STEPS):
-    starts = rng.integers(len(TEXT) - LENGTH, size=BATCH)
-    tokens = np.stack([TEXT[start : start + LENGTH + 1] for start in starts]).astype(np.int32)
-    loss = train(model, optimizer, tokens)
-    if step % 20 == 0 or step == STEPS - 1:
+for step in range(200):
+    starts = np.random.default_rng(step).integers(TEXT.size - 64, size=(16, 1))
+    loss = train(model, optimizer, TEXT[starts + np.arange(65)])
+    if step % 20 == 0 or step == 199:
         print(f"step {step:3}  loss {loss:.3f}")
