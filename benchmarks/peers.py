@@ -90,8 +90,14 @@ def _bounded_adam(norms: Norms) -> Callable[[Any], optax.GradientTransformation]
 
 
 def _matrices_only(numbers: Any) -> Any:
-    """None for vectors, and for what reduces axis 0: embeddings, heads and LoRA's leaves."""
-    return jax.tree.map(lambda n: n if n.reduction_axis else None, numbers, is_leaf=is_numbers)
+    """None for vectors, embeddings and heads, which Muon leaves to Adam."""
+
+    def of_leaf(path: Any, numbers: MuonDimensionNumbers) -> MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        is_vector = numbers.reduction_axis == ()
+        return None if is_vector or name.endswith("embedding") or "head/" in name else numbers
+
+    return jax.tree.map_with_path(of_leaf, numbers, is_leaf=is_numbers)
 
 
 OPTIMIZERS: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
