@@ -1,4 +1,8 @@
-"""See what training does: the measurements of arXiv 2505.21910 and its sister papers."""
+"""See what training does: the measurements of arXiv 2505.21910 and its sister papers.
+
+The Jacobians of attention are for study, on one head and a few tokens; the rest can go into a
+training loop.
+"""
 
 from typing import Any
 

@@ -62,17 +62,17 @@ def recorded(corpus):
     batches = training_batches(corpus.train, CONFIG.sequence_length, CONFIG.batch, seed=0)
     states = before.init(params), bound.init(params), after.init(params)
     record = {"weight": [], "update": [], "weight_found": [], "update_found": [], "moved": []}
+    norms = exact(params)
     for _ in range(40):
-        updates, moved, states = step(params, states, next(batches))
-        norms = exact(params)
+        updates, params, states = step(params, states, next(batches))
         record["weight"].append(norms)
         record["update"].append(exact(updates))
-        record["moved"].append(exact(moved))
         metrics = bound_metrics(states[1])
         for kind in ("weight", "update"):
             found = {path: np.ravel(metrics[f"{path}/sigma_{kind}"]) for path in norms}
             record[f"{kind}_found"].append(found)
-        params = moved
+        norms = exact(params)
+        record["moved"].append(norms)
     # (step, matrix)
     return {
         key: np.array([np.concatenate(list(n.values())) for n in norms])
