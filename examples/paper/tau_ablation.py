@@ -58,7 +58,7 @@ def main(flags: Flags, tasks: dict[str, nano.Nano]) -> None:
             folder = flags.out / name / f"{tau:g}"
             folder.mkdir(parents=True, exist_ok=True)
             config = dataclasses.replace(model.config, tau=tau)
-            model.train("adamw2", config, model.data, folder)
+            model.train("adamw2", config, model.data, folder, norms=False)
             lines[name][tau] = recorder.read_metrics(folder, "adamw2")
             runs[name][f"{tau:g}"] = results.summarize(folder, "adamw2")
             results.write_summary(flags.out, runs)

@@ -14,11 +14,11 @@ from examples import language, processes, recorder, train_gpt
 
 VIRTUAL = "--xla_force_host_platform_device_count=8"
 FLAGS = (
-    "--runs adamw2 --steps 24 --warmup 3 --batch 8 --accumulate 2 --sequence-length 16 "
-    "--dropout 0.1 --log-every 2 --validate-every 10 --validation-batches 1"
+    "--runs adamw2 --steps 12 --warmup 3 --batch 16 --accumulate 2 --sequence-length 16 "
+    "--dropout 0.1 --log-every 2 --validate-every 6 --validation-batches 1"
 ).split()
 
-# Sends SIGTERM to the second process alone, once the loss of step 20 is logged.
+# Sends SIGTERM to the second process alone, once the loss of step 8 is logged.
 PROGRAM = """
 import os, signal
 from examples import language, processes, program, train_gpt, recorder
@@ -27,7 +27,7 @@ write = recorder.Recorder.write
 
 def stop(recorder, step, metrics):
     write(recorder, step, metrics)
-    if step == 20 and not processes.is_first():
+    if step == 8 and not processes.is_first():
         os.kill(os.getpid(), signal.SIGTERM)
 
 recorder.Recorder.write = stop
@@ -73,12 +73,12 @@ def stopped(tmp_path_factory):
 def test_two_processes_have_the_losses_of_one_and_go_on_as_one(stopped, tmp_path, capsys):
     out = shutil.copytree(stopped[0], tmp_path / "two")
     two = recorder.read_metrics(out, "adamw2")
-    assert [line["step"] for line in two] == [1, *range(2, 21, 2)]
+    assert [line["step"] for line in two] == [1, *range(2, 9, 2)]
     run(tmp_path / "one")
     one = recorder.read_metrics(tmp_path / "one", "adamw2")
     capsys.readouterr()
     run(out, "--resume")
-    assert "goes on after step 20 on another mesh, up to rounding" in capsys.readouterr().out
+    assert "goes on after step 8 on another mesh, up to rounding" in capsys.readouterr().out
     resumed = recorder.read_metrics(out, "adamw2")
     assert resumed[: len(two)] == two
     assert [line["step"] for line in resumed] == [line["step"] for line in one]
@@ -92,10 +92,10 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(stopped, tmp_path
 def test_the_first_process_speaks_and_writes_alone(stopped):
     out, (first, second) = stopped
     assert "4 of 4 devices: data=2, fsdp=2." in first
-    assert "adamw2 is saved at step 20. Go on with the same command and --resume." in first
+    assert "adamw2 is saved at step 8. Go on with the same command and --resume." in first
     assert not [line for line in second.splitlines() if line and "Gloo" not in line]
     assert len(list((out / "tensorboard" / "adamw2").glob("events*"))) == 1
-    assert json.loads((out / "config.json").read_text())["steps"] == 24
+    assert json.loads((out / "config.json").read_text())["steps"] == 12
 
 
 def test_flags_that_do_not_fit_are_errors():

@@ -11,8 +11,8 @@ from examples import language, program, recorder, train_gpt
 from examples.checkpoints import Checkpoints, Damaged
 
 FLAGS = (
-    "--steps 12 --batch 2 --sequence-length 8 --log-every 3 --validate-every 6 --runs adamw2 "
-    "--validation-batches 1 --save-every 4"
+    "--steps 12 --batch 4 --sequence-length 16 --dropout 0.1 --log-every 3 --validate-every 6 "
+    "--runs adamw2 --validation-batches 1 --save-every 4"
 ).split()
 
 
