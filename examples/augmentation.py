@@ -2,6 +2,7 @@
 
 RandAugment: https://arxiv.org/abs/1909.13719; mixup: https://arxiv.org/abs/1710.09412;
 CutMix: https://arxiv.org/abs/1905.04899; random erasing: https://arxiv.org/abs/1708.04896.
+By hand, since those of timm and torchvision bring PyTorch along.
 """
 
 import math

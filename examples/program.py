@@ -97,7 +97,11 @@ def parse(
     arguments: list[str] | None,
     by: str = "preset",
 ) -> Flags:
-    """The flags of a program, with the defaults of the preset that the flag `by` names."""
+    """The flags of a program, with the defaults of the preset that the flag `by` names.
+
+    Read twice: `tyro.extras.overridable_config_cli` makes a preset a subcommand, which must be
+    there before any flag.
+    """
     field = by, get_type_hints(flags)[by], next(iter(presets))
     Named = dataclasses.make_dataclass("Named", [field])  # noqa: N806
     known, _ = tyro.cli(Named, args=arguments, return_unknown_args=True, add_help=False)

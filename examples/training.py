@@ -159,7 +159,10 @@ def steps(recorder: Recorder, done: int, total: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Tells whether Ctrl-C or SIGTERM came to any process; a second one is not held back."""
+    """Tells whether Ctrl-C or SIGTERM came to any process; a second one is not held back.
+
+    Orbax's `reached_preemption` needs JAX's distributed runtime, and does not see Ctrl-C.
+    """
     received = []
 
     def receive(number: int, _: object) -> None:

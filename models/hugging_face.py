@@ -3,7 +3,7 @@
 Which tensor holds which leaf, a model tells by a dict: from the name of the tensor, with {}
 for the number of the block, to an einops pattern from the tensor to the leaf, and the path
 of the leaf. A tensor of several leaves has several paths, and the pattern's first axis for
-them.
+them. By hand, since transformers has given up its models in Flax.
 """
 
 import contextlib

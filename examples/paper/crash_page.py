@@ -1,4 +1,8 @@
-"""The page of a crash: one HTML file with all that was watched, crashed beside successful."""
+"""The page of a crash: one HTML file with all that was watched, crashed beside successful.
+
+By hand, since it must open anywhere without a network: a page of Plotly's loads its program from
+one, or brings another five megabytes of it along.
+"""
 
 import base64
 import html
