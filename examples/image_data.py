@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import multiprocessing
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -308,5 +311,18 @@ def _read(
     reader = dataset.to_iter_dataset()
     if images.are_files:
         flags.FLAGS.mark_as_parsed()  # Grain's, which its worker processes ask for
-        reader = reader.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers))
+        options = grain.multiprocessing.MultiprocessingOptions(workers)
+        reader = reader.mp_prefetch(options, _end_with_parent)
     return reader.map(account)
+
+
+def _end_with_parent(worker: int, count: int) -> None:
+    """Ends a worker process as its parent ends: Grain's wait for ever for one that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,4 +1,9 @@
 import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +118,47 @@ def test_a_folder_is_read_by_workers_and_broken_files_are_named_and_skipped(imag
     said = capfd.readouterr().err
     for path in broken:
         assert said.count(f"skipped {path}: it cannot be read as an image") == 1
+
+
+READER = """
+import multiprocessing, sys, time
+from pathlib import Path
+from examples.image_data import Augmentation, load_images, training_batches
+
+if __name__ == "__main__":
+    varied = Augmentation((0.0, 0.0), 0.0, 0.0, 0.0, 0.0)
+    batches = training_batches(load_images(Path(sys.argv[1]), 3), 16, 5, varied, 0, workers=2)
+    next(batches)
+    print("workers", *(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    time.sleep(300)
+"""
+
+
+def is_running(stat):
+    try:
+        return " Z " not in stat.read_text()  # a zombie waits to be counted
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_no_worker_stays_behind_when_its_program_is_killed(image_folder, tmp_path):
+    program = tmp_path / "reader.py"
+    program.write_text(READER)
+    with subprocess.Popen(
+        [sys.executable, program, image_folder],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as reader:
+        said = next(line for line in reader.stdout if line.startswith("workers"))
+        reader.kill()
+    workers = [Path("/proc") / pid / "stat" for pid in said.split()[1:]]
+    assert len(workers) == 2
+    end = time.monotonic() + 60
+    while any(map(is_running, workers)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_bad_folders_are_named(tmp_path):
