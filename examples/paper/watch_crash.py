@@ -108,7 +108,7 @@ def main(flags: Flags, experiment: Experiment) -> None:
 
     model = experiment.model
     for name in crash_page.RUNS:
-        model.train(name, model.config, model.data, flags.out, norms=False, snapshot=snapshot)
+        model.train(name, model.config, model.data, flags.out, snapshot=snapshot)
     signs, path = crash_page.write(flags.out, experiment.name, flags, experiment.entropy)
     print(f"\n{signs}\n\nPage: {path}")
 
