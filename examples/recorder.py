@@ -34,7 +34,7 @@ class Recorder:
         self._file = folder / "metrics.jsonl"
         self._snapshots = folder / "snapshots" / name
         self._checkpoints = Checkpoints(folder / "checkpoints" / name)
-        self._devices = {"mesh": dict(mesh.shape), "processes": jax.process_count()}
+        self._devices = _describe(mesh)
         self._board = SummaryWriter(
             str(folder / "tensorboard" / name), write_to_disk=processes.is_first()
         )
@@ -116,6 +116,18 @@ class Recorder:
             with self._file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         self._since = step, time.perf_counter()
+
+
+def _describe(mesh: Mesh) -> dict[str, Any]:
+    """All that the order of a sum depends on: XLA divides it among the cores of a CPU too."""
+    kind = mesh.devices.flat[0].device_kind
+    # macOS does not bind a process to cores.
+    bound = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return {
+        "mesh": dict(mesh.shape),
+        "processes": jax.process_count(),
+        "kind": f"{kind}, {len(bound(0))} cores" if kind == "cpu" else kind,
+    }
 
 
 def read_metrics(folder: Path, name: str) -> list[Line]:

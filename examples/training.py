@@ -143,7 +143,7 @@ def steps(recorder: Recorder, done: int, total: int) -> Iterator[int]:
     name = recorder.name
     if 0 < done < total:
         same = recorder.was_on_same_devices
-        how = "on the same mesh, to the bit" if same else "on another mesh, up to rounding"
+        how = "on the same devices, to the bit" if same else "on other devices, up to rounding"
         tqdm.write(f"{name} goes on after step {done} {how}.")
     hidden = not processes.is_first()
     with tqdm(

@@ -75,7 +75,7 @@ def test_resumes_on_the_same_mesh_to_the_bit(on_eight, tmp_path, capsys):
     shutil.copytree(on_eight / "stopped", tmp_path / "out")
     run(tmp_path / "out", "--mesh", "data=2,fsdp=4", "--resume")
     assert lines(tmp_path / "out") == lines(on_eight / "whole")
-    assert "adamw2 goes on after step 6 on the same mesh, to the bit." in capsys.readouterr().out
+    assert "adamw2 goes on after step 6 on the same devices, to the bit." in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_a_run_on_eight_devices_resumes_on_four(on_eight, tmp_path, monkeypatch,
     shutil.copytree(on_eight / "stopped", tmp_path / "out")
     run(tmp_path / "out", "--mesh", "fsdp=4", "--resume")
     assert_close(lines(tmp_path / "out"), lines(on_eight / "whole"))
-    assert "after step 6 on another mesh, up to rounding." in capsys.readouterr().out
+    assert "after step 6 on other devices, up to rounding." in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

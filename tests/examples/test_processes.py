@@ -78,7 +78,7 @@ def test_two_processes_have_the_losses_of_one_and_go_on_as_one(stopped, tmp_path
     one = recorder.read_metrics(tmp_path / "one", "adamw2")
     capsys.readouterr()
     run(out, "--resume")
-    assert "goes on after step 8 on another mesh, up to rounding" in capsys.readouterr().out
+    assert "goes on after step 8 on other devices, up to rounding" in capsys.readouterr().out
     resumed = recorder.read_metrics(out, "adamw2")
     assert resumed[: len(two)] == two
     assert [line["step"] for line in resumed] == [line["step"] for line in one]

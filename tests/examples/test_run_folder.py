@@ -121,9 +121,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(out, damage, cap
 def test_a_run_goes_on_from_the_one_before(finished, out, capsys):
     flip(biggest(checkpoint(out, 12)))
     run(out, "--resume")
-    assert "adamw2 goes on after step 8" in capsys.readouterr().out
+    assert "adamw2 goes on after step 8 on the same devices, to the bit." in capsys.readouterr().out
     assert lines(out) == lines(finished)
     assert checkpoint(out, 12).is_dir()
+
+
+@pytest.mark.slow
+def test_bits_are_promised_for_as_many_cores_only(out, monkeypatch, capsys):
+    shutil.rmtree(checkpoint(out, 12))
+    monkeypatch.setattr(recorder.os, "sched_getaffinity", lambda _: range(1000))
+    run(out, "--resume")
+    assert "after step 8 on other devices, up to rounding" in capsys.readouterr().out
 
 
 @pytest.mark.slow
