@@ -17,6 +17,7 @@ from tqdm import tqdm
 from examples import processes
 
 DIGESTS = "digests.json"  # in the folder of a checkpoint, written last: of its other files
+UNFINISHED = "it was not saved to its end"
 _NONE, _NONE_WHOLE = -1, -2  # in place of the step of a checkpoint
 
 
@@ -95,15 +96,17 @@ class Checkpoints:
 
 def _pass_over_damaged(folder: Path) -> int:
     """The step of the newest checkpoint that is whole. Newer ones are renamed."""
-    steps = sorted(int(f.name) for f in folder.glob("*") if f.name.isdigit())
-    for step in reversed(steps):
-        reason = _damage(folder / str(step))
-        if not reason:
+    damages = []
+    for step in sorted((int(f.name) for f in folder.glob("*") if f.name.isdigit()), reverse=True):
+        damage = _damage(folder / str(step))
+        if damage is None:
             return step
-        tqdm.write(f"{folder / str(step)} is not whole: {reason}. The one before is taken.")
-        number = len(list(folder.glob("damaged-*")))
-        (folder / str(step)).rename(folder / f"damaged-{number}-{step}")
-    return _NONE_WHOLE if steps else _NONE
+        damages.append(damage)
+        renamed = f"damaged-{len(list(folder.glob('damaged-*')))}-{step}"
+        (folder / str(step)).rename(folder / renamed)
+        tqdm.write(f"{folder / str(step)} is not whole: {damage}. It is now {renamed}.")
+    # A run that was killed in its first save has had no checkpoint yet.
+    return _NONE if damages in ([], [UNFINISHED]) else _NONE_WHOLE
 
 
 def _damage(folder: Path) -> str | None:
@@ -111,8 +114,10 @@ def _damage(folder: Path) -> str | None:
     try:
         expected = json.loads((folder / DIGESTS).read_text())
         found = _digests(folder)
-    except (OSError, ValueError) as error:
-        return f"it was not saved to its end ({error})"
+    except (FileNotFoundError, ValueError):
+        return UNFINISHED
+    except OSError as error:
+        return f"it cannot be read ({error})"
     for file in expected:
         if found.get(file) != expected[file]:
             return f"{file} {'differs from what was saved' if file in found else 'is missing'}"

@@ -145,6 +145,18 @@ def test_where_no_checkpoint_is_whole_it_is_said_and_the_run_can_begin_again(fin
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("change", [lambda file: file.unlink(), lambda file: file.write_text("{")])
+def test_a_run_that_was_killed_in_its_first_save_begins_again(finished, out, change, capsys):
+    shutil.rmtree(checkpoint(out, 8))
+    change(checkpoint(out, 12) / "digests.json")
+    run(out, "--resume")
+    printed = capsys.readouterr().out
+    assert "12 is not whole: it was not saved to its end. It is now damaged-0-12." in printed
+    assert "goes on" not in printed
+    assert lines(out) == lines(finished)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "{", "[]", "\0" * 20])
 def test_a_damaged_config_is_named(out, text):
     (out / "config.json").write_text(text)
