@@ -19,6 +19,13 @@ import jax
 import pytest
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_of_other_files():
+    """A process may map 65,530 pieces of memory, and each compiled program needs some."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     jax.config.update("jax_enable_x64", True)
