@@ -4,13 +4,14 @@ import os
 import tempfile
 
 # The tests compile more than they compute: a third of their time is LLVM's full optimization.
-# Without any, small loops take ten times as long; XLA's newer fusions take a fifth more. And
-# collectives that begin in any order may wait for each other for ever, where devices are more than
-# cores.
+# Without any, small loops take ten times as long. The newer fusions take a fifth more, and modules
+# that are compiled in parts, side by side, a tenth. And collectives that begin in any order may
+# wait for each other for ever, where devices are more than cores.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 # Many tests compile the same programs, in the workers of pytest-xdist too.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
