@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 
 from weyl_optax import _jacobi, _sharding, _shards
-from weyl_optax._batching import map_batched
+from weyl_optax._batching import alike, map_batched
 from weyl_optax._dimension_numbers import MatrixSpec
 from weyl_optax._rayleigh_ritz import rayleigh_ritz
 
@@ -145,16 +145,17 @@ def updated_norms(
         The norms, as of `spectral_norms`, and the next blocks; the block of a matrix that is
         zero or not finite stays as it was.
     """
-
-    def start(i: int, a: jax.Array, spec: MatrixSpec, v: Any, sigma: Any) -> jax.Array | None:
-        if v is None:
-            return None
-        if sigma is not None:
-            v = _seed_from_rows(a, spec, v, sigma)
-        return _with_fresh_vector(v, spec, i, count)
-
-    leaves = zip(matrices, specs, blocks, last, strict=True)
-    starts = [start(i, *leaf) for i, leaf in enumerate(leaves)]
+    starts: list[Any] = list(blocks)
+    searched = [i for i, v in enumerate(blocks) if v is not None]
+    seeded = [i for i in searched if last[i] is not None]
+    for places in _kinds(seeded, matrices, specs):
+        seeds = _seeds_from_rows(
+            [matrices[i] for i in places], specs[places[0]], [last[i] for i in places]
+        )
+        for i, seed in zip(places, seeds, strict=True):
+            starts[i] = starts[i] + seed
+    for i in searched:
+        starts[i] = _with_fresh_vector(starts[i], specs[i], i, count)
     norms, found = spectral_norms(tuple(specs), matrices, starts, num_iters)
     return norms, [
         None if v is None or new is None else jnp.where(_expand(sigma > 0, v), new, v)
@@ -201,13 +202,14 @@ def _spectral_norms(
     ]
     short = [i for i, spec in enumerate(specs) if _is_short(spec)]
     grams = [_scaled_gram(leaves[i], specs[i]) for i in short]
+    ranks = [len(specs[i].batch) for i in short]
     largest = map_batched(
         lambda gram: (_eigh(gram)[0][:, -1],),
-        [(gram,) for gram, _ in grams],
-        [len(specs[i].batch) for i in short],
+        [(jnp.expand_dims(gram, rank),) for (gram, _), rank in zip(grams, ranks, strict=True)],
+        ranks,
     )
     for i, (_, scale), (square,) in zip(short, grams, largest, strict=True):
-        norms[i] = scale * jnp.sqrt(jnp.maximum(square, 0))
+        norms[i] = scale * jnp.sqrt(jnp.maximum(jnp.squeeze(square, -1), 0))
 
     searched = [i for i, spec in enumerate(specs) if _is_searched(spec)]
     step = functools.partial(
@@ -297,6 +299,18 @@ def _second_derivative(primals: Any, tangents: Any) -> Any:
     )
 
 
+def _kinds(
+    places: Sequence[int], leaves: Sequence[jax.Array], specs: Sequence[MatrixSpec]
+) -> list[list[int]]:
+    """The places of leaves in groups of a kind, which are stacked.
+
+    They are a weight, its update, and their counterparts in other layers: leaves that lie on the
+    devices alike, which a shape alone does not say.
+    """
+    kinds = alike([(jax.typeof(leaves[i]), specs[i]) for i in places])
+    return [[places[j] for j in group] for group in kinds]
+
+
 def _is_vector(spec: MatrixSpec) -> bool:
     """Whether it has one row or one column: its spectral norm is the 2-norm."""
     return min(spec.matrix_shape) == 1
@@ -335,6 +349,13 @@ class Labels(NamedTuple):
         m, n = spec.matrix_shape
         sides = (rows, columns) if n <= m else (columns, rows)
         return cls(batch, leaf, *sides, spec)
+
+    def stacked(self) -> "Labels":
+        """The labels of several leaves of a kind, stacked behind their batch axes."""
+        stack, rank = self.batch + "S", len(self.batch)
+        return self._replace(
+            batch=stack, block=stack + self.block[rank:], image=stack + self.image[rank:]
+        )
 
     def axes(self, labels: Iterable[str]) -> list[int | None]:
         """The axis of the leaf for each label, None for one that the leaf has not."""
@@ -446,15 +467,26 @@ def _scaled_gram(a: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
     return labels.total(expression, gram).reshape(*scale.shape, size, size), scale
 
 
-def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Array) -> jax.Array:
-    """A block, with rows of the matrix added where this was zero, or not finite, before.
+def _seeds_from_rows(
+    leaves: Sequence[jax.Array], spec: MatrixSpec, last: Sequence[Any]
+) -> list[jax.Array]:
+    """What to add to the blocks of leaves of a kind: rows, where a matrix was zero, or not finite.
 
     A row of A is A^H e_i, already in the row space of A, as a random vector is only after a product
     with A^H. They are scaled by START_SIZE, so that they hardly change a block that was searched.
     """
-    labels, batch = Labels.of(spec), len(spec.batch)
+    labels, axis = Labels.of(spec), len(spec.batch)
+    rows = jnp.stack([_rows(a, spec) for a in leaves], axis)
+    rows, scale = _scaled(rows, range(axis + 1, rows.ndim), labels.divisors(labels.block[axis:]))
+    unseen = ~(jnp.stack(last, axis) > 0) & jnp.isfinite(scale)
+    seeds = jnp.where(_expand(unseen, rows), jnp.asarray(START_SIZE, rows.dtype) * rows, 0)
+    return list(jnp.unstack(seeds, axis=axis))
+
+
+def _rows(a: jax.Array, spec: MatrixSpec) -> jax.Array:
+    """`BLOCK_SIZE` rows at even distances, from the first of the matrix on, laid like a block."""
+    labels = Labels.of(spec)
     long_axes = [axis for axis in range(a.ndim) if labels.leaf[axis] not in labels.block]
-    # BLOCK_SIZE rows at even distances, from the first of the matrix on.
     sizes = spec.whole_sizes(long_axes)
     places = np.unravel_index(np.arange(BLOCK_SIZE) * (math.prod(sizes) // BLOCK_SIZE), sizes)
     index: list[Any] = [slice(None)] * a.ndim
@@ -473,10 +505,7 @@ def _seed_from_rows(a: jax.Array, spec: MatrixSpec, v: jax.Array, last: jax.Arra
         out_sharding=_sharding.of_axes(a, order),
     )
     rows = jnp.transpose(rows, [order.index(axis) for axis in labels.axes(labels.block)])
-    rows = _shards.total(jnp.conj(rows.astype(v.dtype)), names)
-    rows, scale = _scaled(rows, range(batch, v.ndim), labels.divisors(labels.block[batch:]))
-    unseen = _expand(~(last > 0) & jnp.isfinite(scale), v)
-    return v + jnp.where(unseen, jnp.asarray(START_SIZE, v.dtype) * rows, 0)
+    return _shards.total(jnp.conj(rows.astype(compute_dtype(a))), names)
 
 
 def _with_fresh_vector(v: jax.Array, spec: MatrixSpec, place: int, count: jax.Array) -> jax.Array:
@@ -511,54 +540,77 @@ def _with_fresh_vector(v: jax.Array, spec: MatrixSpec, place: int, count: jax.Ar
 def _iteration(
     leaves: Sequence[jax.Array], labels: Sequence[Labels], blocks: Sequence[Any]
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """One iteration on every matrix: its norm and its next block."""
+    """One iteration on every matrix: its norm and its next block.
+
+    Each matrix is multiplied alone. What follows is done once for all leaves of a kind, which are
+    stacked behind the batch axes: a model has many, and their blocks are small.
+    """
+    kinds = _kinds(range(len(leaves)), leaves, [label.spec for label in labels])
     products, small = [], []
-    for a, label, v in zip(leaves, labels, blocks, strict=True):
-        r, z, factor = _products(a, label, v)
+    for places in kinds:
+        z, factor, grams = _products(
+            [leaves[i] for i in places], labels[places[0]], [blocks[i] for i in places]
+        )
         products.append(z)
-        small.append((factor, _gram(a, label, label.image, r), _gram(a, label, label.block, z)))
+        small.append((factor, *grams))
 
     solve = functools.partial(rayleigh_ritz, BLOCK_SIZE)
-    solved = map_batched(solve, small, [len(label.batch) for label in labels])
-    norms, next_blocks = [], []
-    for a, v, z, label, solution in zip(leaves, blocks, products, labels, solved, strict=True):
+    solved = map_batched(solve, small, [len(labels[places[0]].batch) for places in kinds])
+    norms: list[Any] = [None] * len(leaves)
+    next_blocks: list[Any] = [None] * len(leaves)
+    for places, z, solution in zip(kinds, products, solved, strict=True):
+        a, label = leaves[places[0]], labels[places[0]]
+        stack = label.stacked()
         sigma, rotation, nonzero = (
-            _sharding.reshard_as(a, x, label.axes(label.batch)) for x in solution
+            _sharding.reshard_as(a, x, stack.axes(stack.batch)) for x in solution
         )
-        mix = f"{label.block},{label.batch}yz->{label.block.replace('y', 'z')}"
-        rotated = _small_product(a, label, mix, z, rotation)
-        # A direction in which A is zero gives no vector: the one that was there stays.
-        axes = [axis for axis in range(v.ndim) if label.block[axis] not in label.batch + "y"]
-        next_blocks.append(jnp.where(jnp.expand_dims(nonzero, axes), rotated, v))
-        norms.append(sigma)
+        mix = f"{stack.block},{stack.batch}yz->{stack.block.replace('y', 'z')}"
+        rotated = _small_product(a, stack, mix, z, rotation)
+        axes = [i for i in range(z.ndim) if stack.block[i] not in stack.batch + "y"]
+        nonzero = jnp.expand_dims(nonzero, axes)
+        parts = (jnp.unstack(x, axis=len(label.batch)) for x in (sigma, rotated, nonzero))
+        for i, norm, found, is_found in zip(places, *parts, strict=True):
+            # A direction in which A is zero gives no vector: the one that was there stays.
+            norms[i], next_blocks[i] = norm, jnp.where(is_found, found, blocks[i])
     return norms, next_blocks
 
 
-def _products(a: jax.Array, labels: Labels, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """R = A V with one vector more, Z = A^H R over a factor, and the factor, shape (*batch,).
+def _products(
+    leaves: Sequence[jax.Array], labels: Labels, blocks: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """Z = A^H R over a factor, the factor, shape (*batch, s), and the Gram matrices of R and Z.
 
-    Every vector of R has a largest entry of 1: no product and no Gram matrix overflows or
-    underflows.
+    R = A V, with one vector more. Every vector of it has a largest entry of 1: no product and no
+    Gram matrix overflows or underflows.
+
+    Args:
+        leaves: `s` leaves of a kind.
+        labels: Of each of them.
+        blocks: A block for each.
     """
-    y = labels.image.index("y")
+    stack, axis = labels.stacked(), len(labels.batch)
+    product = functools.partial(_product, leaves[0], labels)
+    forward = f"{labels.leaf},{labels.block}->{labels.image}"
+    back = f"{labels.image},{labels.leaf}->{labels.block}"
     # What follows is exact for the R that there is.
-    r = _product(
-        a, labels, lax.Precision.DEFAULT, f"{labels.leaf},{labels.block}->{labels.image}", a, v
-    )
-    axes = [i for i in range(len(labels.batch), r.ndim) if i != y]
-    r, largest = _scaled(r, axes, labels.divisors(labels.image[i] for i in axes))
+    images = [
+        product(lax.Precision.DEFAULT, forward, a, v) for a, v in zip(leaves, blocks, strict=True)
+    ]
+    r = jnp.stack(images, axis)
+    y = stack.image.index("y")
+    axes = [i for i in range(axis + 1, r.ndim) if i != y]
+    r, largest = _scaled(r, axes, stack.divisors(stack.image[i] for i in axes))
     fresh = lax.slice_in_dim(r, 0, 1, axis=y)
     r = lax.concatenate([fresh * (jnp.abs(fresh) ** 4).astype(r.dtype), r], y)
     factor = jnp.max(largest, axis=-1)
-    z = _product(
-        a,
-        labels,
-        lax.Precision.HIGH,
-        f"{labels.image},{labels.leaf}->{labels.block}",
-        jnp.conj(r),
-        a,
-    )
-    return r, jnp.conj(z) / _expand(jnp.where(factor > 0, factor, 1), z).astype(z.dtype), factor
+    extended = jnp.unstack(jnp.conj(r), axis=axis)
+    pulled_back = [
+        product(lax.Precision.HIGH, back, x, a) for x, a in zip(extended, leaves, strict=True)
+    ]
+    z = jnp.conj(jnp.stack(pulled_back, axis))
+    z = z / _expand(jnp.where(factor > 0, factor, 1), z).astype(z.dtype)
+    gram = functools.partial(_gram, leaves[0], stack)
+    return z, factor, (gram(stack.image, r), gram(stack.block, z))
 
 
 def _gram(a: jax.Array, labels: Labels, x_labels: str, x: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ for Muon works unchanged. Axes that it does not name are batch axes.
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -32,6 +33,7 @@ class MatrixSpec:
     reduction: tuple[int, ...]  # axes, ascending; together the rows
     output: tuple[int, ...]  # axes, ascending; together the columns
     divisors: tuple[_shards.Names, ...]  # the manual mesh axes that divide each axis
+    role: str  # the leaf's path without numbers: that of its counterparts in other layers
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """The sizes of some axes."""
@@ -356,4 +358,5 @@ def _matrix_spec(
             "An axis is a reduction, an output, or, unnamed, a batch axis."
         )
     batch = tuple(axis for axis in range(len(shape)) if axis not in named)
-    return MatrixSpec(shape, batch, reduction, output, ((),) * len(shape))
+    role = re.sub(r"\d+", "", path_name(path))
+    return MatrixSpec(shape, batch, reduction, output, ((),) * len(shape), role)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike as _shard_alike
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,9 +61,15 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def shard_alike(tree: Any, other: Any) -> Any:
-    """A tree like another, each leaf divided as the compiler divides that of the other."""
+    """A tree like another, each leaf divided as the compiler divides that of the other.
+
+    It divides alike what an operation takes and what it gives: here a choice between the two, whose
+    outcome the compiler does not know. (JAX's own `shard_alike` numbers its pairs anew each time,
+    so that no cache of compiled programs finds one again.)
+    """
+    never = lax.optimization_barrier(jnp.zeros([], bool))
 
     def alike(x: Any, y: Any) -> Any:
-        return _shard_alike(x, y)[0] if isinstance(y, Tracer) else x
+        return jnp.where(never, y.astype(x.dtype), x) if isinstance(y, Tracer) else x
 
     return jax.tree.map(alike, tree, other)

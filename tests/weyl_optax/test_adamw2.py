@@ -114,3 +114,15 @@ def test_nesterov_and_mu_dtype_reach_adam(nesterov):
     theirs_updates, _ = theirs.update(grads, theirs.init(params), params)
     np.testing.assert_allclose(ours_updates["w"], theirs_updates["w"], rtol=1e-6)
     assert optax.tree.get(state, "mu")["w"].dtype == jnp.bfloat16
+
+
+def test_a_program_is_traced_alike_each_time_and_so_found_in_a_cache_of_compiled_programs():
+    params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
+
+    def programs():
+        solver = weyl_optax.adamw2(0.1)
+        state = jax.eval_shape(solver.init, params)
+        for function, args in ((solver.init, (params,)), (solver.update, (params, state, params))):
+            yield jax.jit(function).lower(*args).as_text()
+
+    assert list(programs()) == list(programs())

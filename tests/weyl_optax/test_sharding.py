@@ -96,6 +96,21 @@ def test_sharded_equals_unsharded_and_moves_no_weight(layout, axis_type):
 
 
 @pytest.mark.slow
+def test_leaves_of_one_shape_stay_as_they_are_divided():
+    """One is divided along its rows, one along its columns: nothing but sums goes around."""
+    layouts = {f"{i}/query": P(None, "x") for i in range(2)} | {
+        f"{i}/out": P("x") for i in range(2)
+    }
+    params, grads = arrays(dict.fromkeys(layouts, (64, 64)), 1)
+    devices = mesh(AxisType.Auto)
+    shardings = {name: NamedSharding(devices, spec) for name, spec in layouts.items()}
+    _, program = train(
+        scale_by_weyl_bound(), *jax.device_put((params, grads), (shardings, [shardings]))
+    )
+    assert {moved.name for moved in collectives(program)} == {"all-reduce"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_an_uneven_sharding_equals_the_unsharded(axis):
     params, grads = arrays({"w": (3, 65, 131)}, 2)

@@ -1,3 +1,4 @@
+import functools
 import string
 
 import hypothesis.strategies as st
@@ -136,6 +137,30 @@ def test_the_small_problems_of_all_leaves_are_solved_at_once_and_by_no_library(p
     one, five = lowered(1), lowered(5)
     assert one.count("stablehlo.while") == five.count("stablehlo.while")
     assert "custom_call" not in five
+
+
+def test_layers_apart_are_multiplied_alone_and_all_else_is_done_once():
+    def products(num_layers):
+        tree = {f"layer{i}": {"w": jnp.ones((24, 20))} for i in range(num_layers)}
+        solver = scale_by_weyl_bound()
+        program = jax.jit(solver.update).lower(tree, solver.init(tree), tree).as_text()
+        return program.count("stablehlo.dot_general")
+
+    # Two with each weight, and two with its update.
+    assert products(5) - products(1) == 4 * 4
+
+
+def test_layers_apart_have_the_norms_of_their_own_matrices():
+    rng = np.random.default_rng(0)
+    layers = {
+        f"layer{i}": {"w": 10.0 ** (8 * i) * rng.normal(size=(2, 40, 30)), "v": rng.normal(size=30)}
+        for i in range(-2, 3)
+    }
+    found = spectral_norm(jax.tree.map(jnp.float32, layers), num_iters=200)
+    exact = jax.tree.map(
+        lambda x: np.linalg.norm(x, 2, axis=(-2, -1) if x.ndim > 1 else -1), layers
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, exact)
 
 
 @pytest.mark.parametrize("expression", ["ayc,ayc->ay", "aby,abz->ayz", "bcy,byz->bcz"])
