@@ -67,9 +67,11 @@ def shard_alike(tree: Any, other: Any) -> Any:
     outcome the compiler does not know. (JAX's own `shard_alike` numbers its pairs anew each time,
     so that no cache of compiled programs finds one again.)
     """
-    never = lax.optimization_barrier(jnp.zeros([], bool))
 
     def alike(x: Any, y: Any) -> Any:
-        return jnp.where(never, y.astype(x.dtype), x) if isinstance(y, Tracer) else x
+        if not isinstance(y, Tracer):
+            return x
+        never = lax.optimization_barrier(jnp.zeros([], bool))
+        return jnp.where(never, y.astype(x.dtype), x)
 
     return jax.tree.map(alike, tree, other)
