@@ -28,7 +28,7 @@ from models.gpt import GPT
 class Config(program.Config):
     """Model, data and optimizer of a GPT. The defaults are those of the preset `nano`."""
 
-    model: Literal["nano", "gpt2-small", "gpt2-large"] = "nano"
+    model: Literal["nano", "nano-wide", "gpt2-small", "gpt2-large"] = "nano"
     """Size of the GPT, from models/gpt.py."""
     bias: bool = True
     """Biases in the linear layers and the layer norms."""

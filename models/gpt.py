@@ -41,6 +41,9 @@ CONFIGS = {
     "nano": Config(
         vocab_size=256, context_length=128, num_layers=4, num_heads=4, width=128, remat=True
     ),
+    "nano-wide": Config(
+        vocab_size=256, context_length=128, num_layers=4, num_heads=8, width=256, remat=True
+    ),
     "gpt2-small": Config(),
     "gpt2-large": Config(num_layers=36, num_heads=20, width=1280),
 }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from examples import optimizers, plots, program, results, tables
+from examples import language, optimizers, plots, program, results, tables
 from examples.paper import nano
 from examples.text_data import load_corpus
 
@@ -30,7 +30,7 @@ class Flags:
     """
 
     model: nano.Name = "gpt"
-    """What to train: a GPT on text, or a ViT or a Swin on digits."""
+    """What to train: a GPT on text, or one of twice its width, or a ViT or a Swin on digits."""
     steps: int = 200
     """Updates of a run."""
     runs: tuple[optimizers.Name, ...] = tuple(optimizers.OPTIMIZERS)  # type: ignore[assignment]
@@ -57,7 +57,7 @@ def prepare(flags: Flags) -> nano.Nano:
         raise ValueError("--steps must be at least 10, and --seeds at least 1.")
     task = nano.load(flags.model)
     if flags.data is not None:
-        if flags.model != "gpt":
+        if not isinstance(task.config, language.Config):
             raise ValueError(f"--data is the text of a GPT, and --model is {flags.model}.")
         task = task._replace(data=load_corpus(flags.data))
     flags.out.mkdir(parents=True, exist_ok=True)

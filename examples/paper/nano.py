@@ -10,7 +10,7 @@ from examples import language, program, train_gpt, train_vit, training, vision
 from examples.image_data import Images, load_images
 from examples.text_data import Corpus, load_corpus
 
-Name: TypeAlias = Literal["gpt", "vit", "swin"]
+Name: TypeAlias = Literal["gpt", "gpt-wide", "vit", "swin"]
 
 
 class Nano(NamedTuple):
@@ -23,10 +23,10 @@ class Nano(NamedTuple):
 
 
 def load(name: Name) -> Nano:
-    """A GPT on Python's standard library, or a ViT or Swin on scikit-learn's digits."""
-    if name == "gpt":
-        return Nano(
-            train_gpt.train, language.make_task, language.PRESETS["nano"], load_corpus(None)
-        )
+    """A GPT on Python's standard library, or one of twice its width; a ViT or Swin on digits."""
+    if name in ("gpt", "gpt-wide"):
+        size = name.replace("gpt", "nano")
+        config = dataclasses.replace(language.PRESETS["nano"], model=size)
+        return Nano(train_gpt.train, language.make_task, config, load_corpus(None))
     config = dataclasses.replace(vision.PRESETS["nano"], model=f"{name}-nano")
     return Nano(train_vit.train, vision.make_task, config, load_images(None, num_channels=1))
