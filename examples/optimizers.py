@@ -284,7 +284,7 @@ _SHARE = {"adam_share": (0.1, 0.3, 1.0)}
 _MOMENTUM = {"betas": ((0.8, 0.95), (0.9, 0.95), (0.95, 0.95))}
 _SECOND_MOMENT = {"betas": ((0.9, 0.95), (0.9, 0.99), (0.9, 0.999))}
 _DECAY = {"weight_decay": (0.1, 1.0, 10.0)}
-_MAX_NORM = {"max_norm": (3.0, 10.0, 30.0)}
+_MAX_NORM = {"max_norm": (1.0, 3.0, 10.0, 30.0)}
 _MAX_LOGIT = {"max_logit": (10.0, 30.0, 100.0)}
 _WARMUP = {"warmup": (1 / 30, 1 / 10, 1 / 5, 2 / 5)}  # as a share of the steps
 
