@@ -36,14 +36,12 @@ class Config:
     remat: bool = False  # recompute each block in the backward pass
 
 
+# On a CPU, recomputing a block is faster than storing its activations.
+_NANO = Config(vocab_size=256, context_length=128, num_layers=4, num_heads=4, width=128, remat=True)
+
 CONFIGS = {
-    # On a CPU, recomputing a block is faster than storing its activations.
-    "nano": Config(
-        vocab_size=256, context_length=128, num_layers=4, num_heads=4, width=128, remat=True
-    ),
-    "nano-wide": Config(
-        vocab_size=256, context_length=128, num_layers=4, num_heads=8, width=256, remat=True
-    ),
+    "nano": _NANO,
+    "nano-wide": dataclasses.replace(_NANO, num_heads=8, width=256),
     "gpt2-small": Config(),
     "gpt2-large": Config(num_layers=36, num_heads=20, width=1280),
 }

@@ -24,7 +24,7 @@ import jax
 import pytest
 
 # The workers divide the cores among them, where the system can say so (Linux): with the threads of
-# each on all of them, the tests take a quarter longer.
+# each on all of them, the tests take a third longer.
 worker = os.environ.get("PYTEST_XDIST_WORKER")
 if worker and hasattr(os, "sched_setaffinity"):
     num_workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
