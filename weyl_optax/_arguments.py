@@ -14,6 +14,12 @@ def check_at_least(name: str, value: Any, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
+def check_above(name: str, value: Any, bound: float) -> None:
+    """Checks a Python number, as `check_at_least` does."""
+    if isinstance(value, (int, float, np.generic)) and not float(value) > bound:
+        raise ValueError(f"{name} must be above {bound}, got {value}.")
+
+
 def check_in(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Checks that it is one of the choices."""
     if value not in choices:

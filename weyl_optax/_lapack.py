@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from weyl_optax import _sharding
+
 
 def singular_values(x: jax.Array) -> jax.Array:
     """Of matrices (..., m, n), shape (..., min(m, n)), descending."""
@@ -25,7 +27,10 @@ def triangular_factor(x: jax.Array) -> jax.Array:
 
 
 def _batched(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`fn` of a batch (b, m, n), on a CPU of one matrix after the other."""
-    flat = x.reshape(-1, *x.shape[-2:])
+    """`fn` of a batch (b, m, n), on a CPU of one matrix after the other.
+
+    On explicit axes every device has all of it: LAPACK takes no part of a matrix.
+    """
+    flat = _sharding.replicate(x).reshape(-1, *x.shape[-2:])
     results = lax.platform_dependent(flat, cpu=lambda x: lax.map(fn, x), default=fn)
     return results.reshape(*x.shape[:-2], *results.shape[1:])

@@ -42,7 +42,12 @@ def zeros(a: Any, shape: Sequence[int], dtype: Any, summed: _shards.Names) -> ja
 def reshard_as(a: Any, x: jax.Array, axes: Sequence[int | None]) -> jax.Array:
     """`x`, laid as the axes of `a` that it begins with; the rest of its axes are not sharded."""
     sharding = of_axes(a, [*axes, *[None] * (x.ndim - len(axes))])
-    return x if sharding is None else jax.sharding.reshard(x, sharding)
+    if sharding is None:
+        return x
+    if isinstance(x, Tracer) or isinstance(a, Tracer):
+        return jax.sharding.reshard(x, sharding)
+    # Eagerly, `x` may lie on one device, and no mesh may be set: that of `a` is meant.
+    return jax.device_put(x, NamedSharding(a.sharding.mesh, sharding.spec))
 
 
 def merge_axes(x: jax.Array, num_axes: int) -> jax.Array:

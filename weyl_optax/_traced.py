@@ -42,7 +42,9 @@ def dimension_numbers_from(
     anything elementwise           none                    all
     =============================  ======================  ===============
 
-    Axes that are scanned over, indexed, or batch axes of the product are batch axes.
+    Axes that are scanned over, indexed, or batch axes of the product are batch axes. Members
+    under a :func:`jax.vmap` that all take the same input are one matrix with more outputs:
+    where each is to be a matrix of its own, say so in `overrides`.
 
     Args:
         fn: The training loss, or the model's call, of any framework.
@@ -482,6 +484,7 @@ class _Interpreter:
         is_one_index = not indices.is_input and len(index_axes) == len(batched)  # of a stack
 
         def select(view: _View) -> _View:
+            view = view._replace(batch=view.batch | _held(view.axes[i] for i in batching))
             if not is_one_index:
                 view = self.look_up(eqn, view, selected, indices.is_input)
             looked_up = [view.axes[i] for i in selected]
@@ -512,8 +515,8 @@ class _Interpreter:
     def entries(self, eqn: JaxprEqn, view: _View, kind: str = "inputs") -> None:
         """Notes a use of the entries: as a vector, or of rows that have been looked up."""
         if not view.is_noted:
-            rows = view.looked_up - view.batch
-            self.note(eqn, view, rows, _held(view.axes) - view.looked_up, kind)
+            others = _held(view.axes) - view.looked_up - view.batch
+            self.note(eqn, view, view.looked_up - view.batch, others, kind)
 
     def matrix(
         self,
@@ -532,6 +535,7 @@ class _Interpreter:
         if view.is_noted:
             kind = "experts"
             # Rows that were looked up are activations: what they meet says nothing of the leaf.
+            reduction, output = reduction - view.looked_up, output - view.looked_up
             if not (other.is_input and view.looked_up <= view.batch and reduction and output):
                 return
         self.note(eqn, view, reduction, output, kind)

@@ -45,14 +45,14 @@ def weight_vectors(weight_dimension_numbers: WeightDimNumOrFn | None, per: Per) 
 
 
 def inner(x: jax.Array, y: jax.Array, spec: MatrixSpec) -> jax.Array:
-    """The real inner product of the vectors, shape (*batch)."""
+    """The real inner product of the vectors, shape (*batch), in float32 at least."""
+    x, y = (a.astype(compute_dtype(a)) for a in (x, y))
     product = jnp.real(jnp.conj(x) * y)
     return _shards.total(jnp.sum(product, axis=spec.matrix_axes), spec.names(spec.matrix_axes))
 
 
 def length(x: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The 2-norms of the vectors, shape (*batch), in float32 at least."""
-    x = x.astype(compute_dtype(x))
     return jnp.sqrt(inner(x, x, spec))
 
 

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 from benchmarks.sharding import collectives, largest
-from weyl_optax import adamw2, bound_metrics, scale_by_weyl_bound, state_shardings
+from weyl_optax import adamw2, bound_metrics, dynamics, scale_by_weyl_bound, state_shardings
+from weyl_optax.contrib import rotate
 
 SHAPES = {
     "stack": (4, 64, 128),
@@ -271,3 +272,39 @@ def test_pmap():
     member = jax.tree.map(lambda x: x[3], (params, grads))
     expected, _ = solver.update(member[1], solver.init(member[0]), member[0])
     np.testing.assert_allclose(updates["w"][3], expected["w"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "y"), P(None, None, "x")])
+def test_eagerly_the_mesh_of_the_params_is_meant(spec):
+    """Without a `jax.set_mesh`."""
+    w = jax.random.normal(jax.random.key(0), (4, 16, 24))
+    solver = optax.chain(
+        adamw2(0.1, weight_dimension_numbers=MuonDimensionNumbers(1, 2)),
+        rotate(0.1, MuonDimensionNumbers(1, 2)),
+    )
+    expected, _ = solver.update(w, solver.init(w), w)
+    sharded = jax.device_put(w, NamedSharding(mesh(AxisType.Explicit), spec))
+    updates, _ = solver.update(sharded, solver.init(sharded), sharded)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5, atol=1e-7)
+    assert updates.sharding.is_equivalent_to(sharded.sharding, 3)
+
+
+MEASURES = {
+    "effective rank": (dynamics.effective_rank, (4, 16, 24)),
+    "qk": (lambda w: dynamics.qk_spectral_norm(w, 2 * w), (4, 16, 2, 8)),
+    "product": (lambda w: dynamics.product_spectral_norm(w, w.mT), (4, 16, 24)),
+    "sharpness": (
+        lambda w: dynamics.sharpness(lambda w, _: jnp.sum(jnp.tanh(w) ** 2), w, None),
+        (4, 16, 24),
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(None, None, "y")])
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_on_explicit_axes(name, spec):
+    measure, shape = MEASURES[name]
+    w = 0.1 * jax.random.normal(jax.random.key(0), shape)
+    sharded = jax.device_put(w, NamedSharding(mesh(AxisType.Explicit), spec))
+    for run in (measure, jax.jit(measure)):
+        np.testing.assert_allclose(run(sharded), measure(w), rtol=1e-4)

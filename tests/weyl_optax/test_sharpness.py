@@ -150,3 +150,20 @@ def test_two_adams_are_not_taken_for_one():
     solver = optax.partition({"x": optax.adam(0.1), "y": optax.adam(0.2)}, {"a": "x", "b": "y"})
     with pytest.raises(KeyError, match="ScaleByAdamState"):
         adam_preconditioner(solver.init(params))
+
+
+def test_params_in_bfloat16_have_the_sharpness_and_the_critical_rate_of_float32():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), make_params())
+    rounded = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    expected = exact(rounded, jax.tree.map(jnp.ones_like, rounded))
+    found = sharpness(loss, params, (X, Y))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0.03)
+
+    def quadratic(w, _):
+        assert w.dtype == jnp.bfloat16
+        return 5 * jnp.sum(w.astype(jnp.float32) ** 2) / 2 + 1
+
+    w = jnp.ones(3, jnp.bfloat16)
+    rate, _ = critical_learning_rate(quadratic, w, -5 * w, None, target=10.0)
+    np.testing.assert_allclose(rate, 0.4, rtol=0.01)

@@ -208,6 +208,18 @@ OPERATIONS = {
     "embedding": ((9, 6), lambda w, t: w[t], [i32(2, 5)], DENSE),
     "embedding of one token": ((9, 6), lambda w, t: w[t], [i32()], DENSE),
     "embedding by vmap": ((9, 6), jax.vmap(lambda w, t: w[t], (None, 0)), [i32(2)], DENSE),
+    "embeddings by vmap": (
+        (2, 9, 6),
+        jax.vmap(lambda w, t: w[t]),
+        [i32(2, 5)],
+        STACKED_DENSE,
+    ),
+    "embeddings by vmap, side by side": (
+        (9, 2, 6),
+        jax.vmap(lambda w, t: jnp.take(w, t, axis=0), (1, 0)),
+        [i32(2, 5)],
+        ((0,), (2,)),
+    ),
     "embedding by take": ((9, 6), lambda w, t: jnp.take(w, t, axis=0), [i32(2, 5)], DENSE),
     "embedding of heads": ((9, 2, 3), lambda w, t: w[t] * 2, [i32(2, 5)], ((0,), (1, 2))),
     "embedding, then attention": (
@@ -237,6 +249,18 @@ OPERATIONS = {
         (5, 6, 4),
         lambda w, x, e: jnp.einsum("bd,bdf->bf", x, w[e]),
         [x, i32(2)],
+        STACKED_DENSE,
+    ),
+    "two experts of each token by indices": (
+        (5, 6, 4),
+        lambda w, x, e: jnp.einsum("nd,nkdf->nkf", x, w[e]),
+        [x, i32(2, 2)],
+        STACKED_DENSE,
+    ),
+    "two experts of each token, summed": (
+        (5, 6, 4),
+        lambda w, x, e: jnp.einsum("nkd,nkdf->nf", x, w[e]),
+        [f32(2, 2, 6), i32(2, 2)],
         STACKED_DENSE,
     ),
     "one expert by an index": ((5, 6, 4), lambda w, x, e: x @ w[e], [x, i32()], STACKED_DENSE),

@@ -1,5 +1,7 @@
 """The length and the angle of an update, against NumPy."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
@@ -53,3 +55,16 @@ def test_a_weight_of_zeros_has_no_angle_and_a_reversed_one_a_half_turn():
     np.testing.assert_allclose(angle, np.pi, rtol=1e-6)
     with pytest.raises(ValueError, match="per must be one of"):
         update_sizes(w, w, per="row")
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("bfloat16", "float32")])
+def test_low_precision_does_not_overflow_or_promote(dtypes):
+    """A sum of 1,000 products of 80 and 80 is above the largest number of float16."""
+    u, w = (np.zeros((1000, 2)), np.full((1000, 2), 80.0))
+    u[:500] = 80.0
+    u, w = (jnp.asarray(x, dtype) for x, dtype in zip((u, w), dtypes, strict=True))
+    with jax.numpy_dtype_promotion("strict"):
+        found = update_sizes({"w": u}, {"w": w}, per="unit")
+    # (2, 1) against (1, 1), each half of the vector.
+    np.testing.assert_allclose(found["w/angle"], np.arccos(3 / np.sqrt(10)), rtol=1e-5)
+    np.testing.assert_allclose(found["w/l2"], 80 * np.sqrt(500), rtol=1e-5)

@@ -17,7 +17,7 @@ class NoiseShareState(NamedTuple):
     """State of :func:`scale_by_noise_share`."""
 
     inner_state: Any
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
+    num_finite: Any  # A tree like the params; shape=batch. The gradients in the averages.
     mean: Any  # A tree like the params. Of the gradients, not corrected for bias.
     mean_square: Any  # The same; shape=batch. Of the norms of gradients, not corrected for bias.
 
@@ -86,7 +86,7 @@ def scale_by_noise_share(
         floats = leaves.of(params)
         return NoiseShareState(
             inner_state=optimizer.init(params),
-            count=jnp.zeros([], jnp.int32),
+            num_finite=leaves.put(zero_norms(floats, leaves.specs)),
             mean=leaves.put([jnp.zeros_like(x, compute_dtype(x)) for x in floats]),
             mean_square=leaves.put(zero_norms(floats, leaves.specs)),
         )
@@ -98,13 +98,11 @@ def scale_by_noise_share(
         **extra_args: Any,
     ) -> tuple[optax.Updates, NoiseShareState]:
         leaves = BoundedLeaves(updates, weight_dimension_numbers)
-        count = jnp.asarray(optax.safe_increment(state.count))
         rate = jnp.asarray(b)
-        unbiased = 1 - rate**count
-        noise_only = (1 - rate) / (1 + rate) * (2 - unbiased) / unbiased
-        scales, means, squares = [], [], []
-        for g, mean, square, spec in zip(
+        scales, counts, means, squares = [], [], [], []
+        for g, count, mean, square, spec in zip(
             leaves.of(updates),
+            leaves.of(state.num_finite),
             leaves.of(state.mean),
             leaves.of(state.mean_square),
             leaves.specs,
@@ -112,7 +110,10 @@ def scale_by_noise_share(
         ):
             g = jnp.asarray(g).astype(mean.dtype)
             now = inner(g, g, spec)
-            finite = jnp.isfinite(now)
+            finite = jnp.isfinite(now)  # what is not passes into the update alone
+            count = jnp.where(finite, count + 1, count)
+            unbiased = 1 - rate**count
+            noise_only = (1 - rate) / (1 + rate) * (2 - unbiased) / unbiased
             new = rate * mean + (1 - rate) * g
             new = jnp.where(jnp.expand_dims(finite, spec.matrix_axes), new, mean).astype(g.dtype)
             new_square = jnp.where(finite, rate * square + (1 - rate) * now, square)
@@ -120,6 +121,7 @@ def scale_by_noise_share(
             possible = total * (1 - noise_only)
             share = (total - signal) / jnp.where(possible > 0, possible, 1)
             scales.append(jnp.where(count > 1, jnp.sqrt(jnp.clip(share, 0, 1)), 0))
+            counts.append(count)
             means.append(new)
             squares.append(new_square)
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
@@ -129,7 +131,7 @@ def scale_by_noise_share(
         ]
         return leaves.put(scaled, updates), NoiseShareState(
             inner_state,
-            count,
+            leaves.put(counts, state.num_finite),
             leaves.put(means, state.mean),
             leaves.put(squares, state.mean_square),
         )

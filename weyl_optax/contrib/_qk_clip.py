@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from weyl_optax._arguments import check_above
 from weyl_optax._dimension_numbers import (
     leaves_with_path,
     path_name,
@@ -63,8 +64,7 @@ def qk_clip(
         Kimi Team, `Kimi K2: Open Agentic Intelligence <https://arxiv.org/abs/2507.20534>`_, 2025,
         section 2.1
     """
-    if not threshold > 0:
-        raise ValueError(f"threshold must be above 0, got {threshold}.")
+    check_above("threshold", threshold, 0)
 
     def update_fn(
         updates: optax.Updates,

@@ -18,6 +18,7 @@ class ScaleByAngleState(NamedTuple):
     """State of the first part of :func:`rotate`."""
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
+    num_finite: Any  # A tree like the params; shape=batch. The updates that `mean_square` has.
     mean_square: Any  # A tree like the params; shape=batch. Of the norms of updates, not corrected.
 
 
@@ -99,10 +100,10 @@ def _scale_by_angle(
 
     def init_fn(params: optax.Params) -> ScaleByAngleState:
         if is_placeholder(params):
-            return ScaleByAngleState(0, 0)  # type: ignore
+            return ScaleByAngleState(0, 0, 0)  # type: ignore
         leaves = BoundedLeaves(params, vectors, partition_specs=partition_specs)
-        zeros = zero_norms(leaves.of(params), leaves.specs)
-        return ScaleByAngleState(jnp.zeros([], jnp.int32), leaves.put(zeros))
+        zeros = leaves.put(zero_norms(leaves.of(params), leaves.specs))
+        return ScaleByAngleState(jnp.zeros([], jnp.int32), zeros, zeros)
 
     def update_fn(
         updates: optax.Updates,
@@ -114,12 +115,12 @@ def _scale_by_angle(
         if params is None:
             raise ValueError("rotate needs the params: call update(updates, state, params).")
         leaves = BoundedLeaves(params, vectors, updates, partition_specs)
-        count = jnp.asarray(optax.safe_increment(state.count))
         eta = value_at(angle, state.count)
-        scaled, means = [], []
-        for u, w, mean, spec in zip(
+        scaled, counts, means = [], [], []
+        for u, w, count, mean, spec in zip(
             leaves.of(updates),
             leaves.of(params),
+            leaves.of(state.num_finite),
             leaves.of(state.mean_square),
             leaves.specs,
             strict=True,
@@ -128,15 +129,20 @@ def _scale_by_angle(
             d = tangent(u, w, spec)
             square = inner(d, d, spec)
             # What is not finite passes into the update, and not into the state.
-            new = jnp.where(jnp.isfinite(square), decay * mean + (1 - decay) * square, mean)
+            finite = jnp.isfinite(square)
+            count = jnp.where(finite, count + 1, count)
+            new = jnp.where(finite, decay * mean + (1 - decay) * square, mean)
             average = jnp.sqrt(new / (1 - jnp.asarray(decay, new.dtype) ** count))
             size = length(w, spec)
             step = eta * size / jnp.where(average > 0, average, 1)
             step = jnp.where(size > 0, step, 1)  # see keep_norm
             scaled.append(times(step, d, spec).astype(u.dtype))
+            counts.append(count)
             means.append(new)
         return leaves.put(scaled, updates), ScaleByAngleState(
-            count, leaves.put(means, state.mean_square)
+            jnp.asarray(optax.safe_increment(state.count)),
+            leaves.put(counts, state.num_finite),
+            leaves.put(means, state.mean_square),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,10 +8,13 @@ import optax
 from jax import lax
 
 from weyl_optax import _sharding
-from weyl_optax._arguments import check_at_least
+from weyl_optax._arguments import check_above
 from weyl_optax._block_iteration import compute_dtype
 from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
 from weyl_optax._vectors import only_matrices
+
+# Above it the cubic takes what rounding has put above 1 to less than `least`.
+_MAX_SCALE = 1.69
 
 
 def soft_spectral_clip(
@@ -27,20 +30,21 @@ def soft_spectral_clip(
         U \leftarrow \left(I + U U^\top / c^2\right)^{-1/2} U
 
     takes a singular value :math:`\sigma` to :math:`\sigma / \sqrt{1 + \sigma^2 / c^2}`: itself
-    where it is small, and :math:`c` where it is large, without a decomposition: by the coupled
-    Newton-Schulz iteration, in products of matrices alone.
+    where it is small, and :math:`c` where it is large, without a decomposition: by a scaled
+    Newton-Schulz iteration, in products of matrices alone. Of an update in float32, the error is
+    about :math:`10^{-7} \|U\|_2`, as much as its own rounding is.
 
     Args:
         max_norm: :math:`c`, above 0.
         weight_dimension_numbers: How each leaf is read as matrices, see
             :func:`weyl_optax.scale_by_weyl_bound`. Vectors and scalars pass.
-        tolerance: The iteration ends when the inverse root is this exact.
+        tolerance: The iteration ends when this is the largest relative error, but for rounding.
 
     Returns:
         A :class:`optax.GradientTransformation` without state.
 
     Raises:
-        ValueError: If ``max_norm`` is negative, or if ``weight_dimension_numbers`` does not fit.
+        ValueError: If ``max_norm`` is not above 0, or if ``weight_dimension_numbers`` does not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,9 +55,11 @@ def soft_spectral_clip(
         0.100 0.707 0.995
 
     References:
-        SPECTRA, `arXiv 2603.14315 <https://arxiv.org/abs/2603.14315>`_
+        SPECTRA, `arXiv 2603.14315 <https://arxiv.org/abs/2603.14315>`_; for the iteration, Chen &
+        Chow, `A Stable Scaling of Newton-Schulz for Improving the Sign Function Computation of a
+        Hermitian Matrix <https://www.mcs.anl.gov/papers/P5059-0114.pdf>`_, 2014
     """
-    check_at_least("max_norm", max_norm, 0)
+    check_above("max_norm", max_norm, 0)
     matrices = only_matrices(weight_dimension_numbers)
 
     def update_fn(
@@ -76,42 +82,44 @@ def _clip(
     axes = spec.batch + spec.reduction + spec.output
     shape = tuple(u.shape[axis] for axis in axes)
     # On explicit axes, whole on every device: a root is not taken of a part of a matrix.
-    a = jnp.transpose(_sharding.replicate(u), axes).astype(compute_dtype(u)) / max_norm
+    a = jnp.transpose(_sharding.replicate(u), axes).astype(compute_dtype(u))
     a = a.reshape(*spec.batch_shape, *spec.matrix_shape)
+    c = jnp.asarray(max_norm).astype(a.dtype)
     is_tall = a.shape[-2] > a.shape[-1]
     if is_tall:
-        a = jnp.swapaxes(a, -1, -2)
-    clipped = _inverse_root(jnp.eye(a.shape[-2]) + _matmul(a, a.conj().mT), tolerance)
-    clipped = _matmul(clipped, a)
+        a = a.mT
+    clipped = c * _polar_factor_beside_identity(a / c, tolerance)
     if is_tall:
-        clipped = jnp.swapaxes(clipped, -1, -2)
-    clipped = (max_norm * clipped).astype(u.dtype).reshape(shape)
-    clipped = jnp.transpose(clipped, [axes.index(axis) for axis in range(u.ndim)])
-    return _sharding.reshard_as(u, clipped, range(u.ndim))
+        clipped = clipped.mT
+    clipped = jnp.transpose(clipped.reshape(shape), [axes.index(axis) for axis in range(u.ndim)])
+    return _sharding.reshard_as(u, clipped.astype(u.dtype), range(u.ndim))
 
 
-def _inverse_root(a: jax.Array, tolerance: float) -> jax.Array:
-    """The inverse square roots of Hermitian matrices, (..., n, n), of eigenvalues from 1 on."""
-    identity = jnp.eye(a.shape[-1], dtype=a.dtype)
-    scale = jnp.linalg.norm(a, axis=(-2, -1), keepdims=True)
+def _polar_factor_beside_identity(a: jax.Array, tolerance: float) -> jax.Array:
+    """The part under `a` of the polar factor of (a, I): of every matrix (I + a a^H)^(-1/2) a.
 
-    def error(y: jax.Array, z: jax.Array) -> jax.Array:
-        return jnp.max(jnp.linalg.norm(identity - _matmul(z, y), axis=(-2, -1)))
+    (I + a a^H)^(-1/2) itself would square the condition. Singular values of (a, I) are at least 1
+    and at most an upper bound at hand. So it is known between which `least` and 1 those of `x` are,
+    and of the odd cubics the one can be taken that lifts `least` the most.
+    """
+    identity = jnp.broadcast_to(jnp.eye(a.shape[-2], dtype=a.dtype), (*a.shape[:-1], a.shape[-2]))
+    gram = _matmul(a, a.conj().mT)
+    greatest = jnp.sqrt(1 + jnp.linalg.norm(gram, axis=(-2, -1), keepdims=True))
 
-    def is_improving(carry: Any) -> jax.Array:
-        _, _, before, now = carry
-        return (now > tolerance) & (now < before)  # in the end rounding is all that is left
+    def is_inexact(carry: Any) -> jax.Array:
+        _, _, before, least = carry
+        return jnp.any((1 - least > tolerance) & (least > before))  # until rounding is all
 
     def step(carry: Any) -> Any:
-        y, z, _, before = carry
-        t = 1.5 * identity - 0.5 * _matmul(z, y)
-        y, z = _matmul(y, t), _matmul(t, z)
-        return y, z, before, error(y, z)
+        x, root, _, least = carry
+        scale = jnp.minimum(jnp.sqrt(3 / (1 + least + least**2)), _MAX_SCALE)
+        gram = _matmul(x, x.conj().mT) + _matmul(root, root.conj().mT)
+        cubic = 1.5 * scale * identity - 0.5 * scale**3 * gram
+        lifted = 1.5 * scale * least - 0.5 * scale**3 * least**3
+        return _matmul(cubic, x), _matmul(cubic, root), least, lifted
 
-    y, z = a / scale, jnp.broadcast_to(identity, a.shape)
-    start = error(y, z)
-    _, z, _, _ = lax.while_loop(is_improving, step, (y, z, jnp.full_like(start, jnp.inf), start))
-    return z / jnp.sqrt(scale)
+    start = a / greatest, identity / greatest, jnp.zeros_like(greatest), 1 / greatest
+    return lax.while_loop(is_inexact, step, start)[0]
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:

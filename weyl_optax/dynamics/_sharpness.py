@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from weyl_optax import _sharding
 from weyl_optax._arguments import check_at_least
+from weyl_optax._block_iteration import compute_dtype
 
 
 def sharpness(
@@ -45,7 +47,7 @@ def sharpness(
             but for rounding; that at the end of a spectrum needs far fewer.
 
     Returns:
-        A scalar, of the dtype of the loss. It is never above the exact value, but for rounding.
+        A scalar, in float32 at least. It is never above the exact value, but for rounding.
 
     Raises:
         ValueError: If ``num_iters`` is below 1.
@@ -66,28 +68,32 @@ def sharpness(
     gradient = jax.grad(loss_fn)
     if preconditioner is None:
         preconditioner = jax.tree.map(jnp.ones_like, params)
-    root = jax.tree.map(jnp.sqrt, preconditioner)
+    root = jax.tree.map(lambda p: jnp.sqrt(p.astype(compute_dtype(p))), preconditioner)
 
     def product(v: Any) -> Any:
-        v = jax.tree.map(jnp.divide, v, root)
+        """Of a vector in float32 at least, by a Hessian in the precision of the params."""
+        v = jax.tree.map(lambda v, r, p: (v / r).astype(p.dtype), v, root, params)
         _, hv = jax.jvp(lambda p: gradient(p, batch), (params,), (v,))
-        return jax.tree.map(jnp.divide, hv, root)
+        return jax.tree.map(lambda h, r: h.astype(r.dtype) / r, hv, root)
 
     # The tridiagonal matrix alone is wanted. Vectors that lose their orthogonality bring an
     # eigenvalue that has converged in once more, and so do no harm.
     def step(carry: Any, _: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         before, now, beta = carry
         hv = product(now)
-        alpha = jnp.asarray(optax.tree.vdot(hv, now))
+        alpha = jnp.asarray(optax.tree.sum(jax.tree.map(lambda h, v: jnp.sum(h * v), hv, now)))
         rest = jax.tree.map(lambda h, v, w: h - alpha * v - beta * w, hv, now, before)
         norm = jnp.asarray(optax.tree.norm(rest))
         # At the end of an invariant subspace: zeros, which decouple all that follows.
         unit = jax.tree.map(lambda r: r / jnp.where(norm > 0, norm, 1), rest)
         return (now, unit, norm), (alpha, norm)
 
-    start = optax.tree.random_like(jax.random.key(0), params, jax.random.normal)
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), root)
+    start = optax.tree.random_like(jax.random.key(0), shapes, jax.random.normal)
     norm = optax.tree.norm(start)
-    start = jax.tree.map(lambda v: v / norm, start)
+    start = jax.tree.map(
+        lambda v, p: _sharding.reshard_as(p, v / norm, range(v.ndim)), start, params
+    )
     carry = (jax.tree.map(jnp.zeros_like, start), start, jnp.zeros_like(norm))
     _, (alphas, betas) = lax.scan(step, carry, length=num_iters)
     alive = jnp.concatenate([jnp.ones(1, bool), jnp.cumprod(betas[:-1] > 0).astype(bool)])
@@ -149,7 +155,7 @@ def critical_learning_rate(
 ) -> tuple[jax.Array, jax.Array]:
     r"""Find the largest learning rate at which one step does not raise the loss.
 
-    From ``initial`` the rate is multiplied by ``factor`` while the loss after the step is below
+    From ``initial`` the rate is multiplied by ``factor`` while the loss after the step is not above
     that before, up to ``target``. Then the interval is halved, until the loss at its upper end
     is at most :math:`L_0 (1 + \delta)`. Loss over rate is taken to have one minimum.
 
@@ -190,7 +196,8 @@ def critical_learning_rate(
     check_at_least("tolerance", tolerance, 0)
 
     def loss_at(rate: jax.Array) -> jax.Array:
-        return loss_fn(jax.tree.map(lambda p, u: p + rate * u, params, updates), batch)
+        step = jax.tree.map(lambda u: rate * u, updates)
+        return loss_fn(optax.apply_updates(params, step), batch)
 
     before = loss_fn(params, batch)
     dtype = jnp.result_type(before, jnp.float32)
@@ -204,7 +211,7 @@ def critical_learning_rate(
     first = jnp.minimum(initial, target)
     lower, upper, loss, passes = lax.while_loop(
         # A factor of 1 does not lead on.
-        lambda carry: (carry[2] < before) & (carry[0] < carry[1]) & (carry[1] < target),
+        lambda carry: (carry[2] <= before) & (carry[0] < carry[1]) & (carry[1] < target),
         grow,
         (jnp.zeros_like(first), first, loss_at(first), jnp.asarray(2)),
     )
@@ -213,7 +220,7 @@ def critical_learning_rate(
         lower, upper, loss, passes = carry
         middle = (lower + upper) / 2
         found = loss_at(middle)
-        is_lower = found < before
+        is_lower = found <= before
         return (
             jnp.where(is_lower, middle, lower),
             jnp.where(is_lower, upper, middle),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from weyl_optax import _sharding
 from weyl_optax._block_iteration import compute_dtype
 from weyl_optax._lapack import singular_values, triangular_factor
 from weyl_optax._spectral_norm import spectral_norm
@@ -140,7 +141,7 @@ def _normalize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 def product_core(first: jax.Array, second: jax.Array) -> jax.Array:
     """A matrix with the singular values of `first @ second`, as small as can be."""
     dtype = jnp.promote_types(compute_dtype(first), compute_dtype(second))
-    first, second = first.astype(dtype), second.astype(dtype)
+    first, second = (_sharding.replicate(x.astype(dtype)) for x in (first, second))
     if first.shape[-1] < min(first.shape[-2], second.shape[-1]):
         first = triangular_factor(first)
         second = _conjugate_transpose(triangular_factor(_conjugate_transpose(second)))

@@ -152,10 +152,13 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace_in_the_share_of_noise():
     state = solver.init(grads[0])
     for g in grads[:3]:
         _, state = solver.update(g, state)
+    before = state
     updates, state = solver.update(grads[3].at[0, 0].set(jnp.nan), state)
     assert jnp.isnan(updates).any()
-    updates, _ = solver.update(grads[3], state)
-    assert jnp.isfinite(updates).all()
+    updates, found = solver.update(grads[3], state)
+    expected, _ = solver.update(grads[3], before)
+    np.testing.assert_array_equal(updates, expected)
+    assert float(found.num_finite) == 4
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1000.0])
@@ -189,6 +192,31 @@ def test_the_soft_clip_is_that_of_singular_values(shape, numbers, size):
     clipped = sigma / np.sqrt(1 + sigma**2 / 4)
     expected = left @ (clipped[..., None] * right)
     np.testing.assert_allclose(found, expected, atol=2e-3 * np.max(clipped))
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (256, 128), (128, 128)])
+@pytest.mark.parametrize("max_norm", [0.1, 0.01])
+def test_the_soft_clip_is_exact_far_above_its_norm(shape, max_norm):
+    """As Adam's first update is: nearly of rank one, here up to 18,000 times above the norm."""
+    rng = np.random.default_rng(0)
+    rows, columns = (rng.normal(size=size) for size in shape)
+    u = np.float32(np.sign(np.outer(rows, columns)) + 0.01 * rng.normal(size=shape))
+    found, _ = soft_spectral_clip(max_norm).update(jnp.asarray(u), optax.EmptyState())
+    left, sigma, right = np.linalg.svd(u.astype(float), full_matrices=False)
+    expected = (left * (sigma / np.sqrt(1 + (sigma / max_norm) ** 2))) @ right
+    assert np.linalg.norm(found - expected, 2) < 1e-3 * max_norm
+    assert np.linalg.norm(np.asarray(found, float), 2) < max_norm * (1 + 1e-5)
+
+
+def test_the_soft_clip_of_a_matrix_does_not_depend_on_its_stack():
+    u = gradients(3, 32, 48).astype(np.float32)
+    u[2] *= 1e-3
+    solver = soft_spectral_clip(1.0, MuonDimensionNumbers(1, 2))
+    with jax.numpy_rank_promotion("raise"):
+        expected, _ = solver.update(jnp.asarray(u), optax.EmptyState())
+        bad, _ = solver.update(jnp.asarray(u).at[1, 0, 0].set(jnp.nan), optax.EmptyState())
+    assert jnp.isnan(bad[1]).any()
+    np.testing.assert_array_equal(bad[jnp.array([0, 2])], expected[jnp.array([0, 2])])
 
 
 def test_the_soft_clip_leaves_vectors_alone():
@@ -246,7 +274,8 @@ def test_wrong_arguments_are_errors():
         solver.update(w, solver.init(w), w)
     with pytest.raises(ValueError, match="init_scale must be at least 0"):
         scale_by_gi_adam(init_scale=-1.0)
-    with pytest.raises(ValueError, match="max_norm must be at least 0"):
-        soft_spectral_clip(-1.0)
+    for max_norm in (-1.0, 0.0):
+        with pytest.raises(ValueError, match="max_norm must be above 0"):
+            soft_spectral_clip(max_norm)
     with pytest.raises(ValueError, match="initial must be at least 0"):
         catapult_schedule(-0.1, 1.0, 10, 100)

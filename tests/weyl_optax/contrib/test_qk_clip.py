@@ -78,3 +78,12 @@ def test_what_is_missing_or_does_not_fit_is_an_error():
         solver.update(params, state, params, max_logits={"blocks/attention": jnp.ones(3)})
     with pytest.raises(ValueError, match="threshold must be above 0"):
         qk_clip(0.0)
+
+
+def test_the_threshold_may_be_a_hyperparameter_of_a_jitted_step():
+    params = make_params()
+    logits = {"blocks/attention": jnp.full((2, 3), 400.0)}
+    solver = optax.inject_hyperparams(qk_clip)(threshold=100.0)
+    found, _ = jax.jit(solver.update)(params, solver.init(params), params, max_logits=logits)
+    expected, _ = qk_clip(100.0).update(params, optax.EmptyState(), params, max_logits=logits)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
