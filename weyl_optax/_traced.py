@@ -318,6 +318,7 @@ class _Interpreter:
 
     def __init__(self):
         self.uses: list[_Use] = []
+        self.eqns: list[JaxprEqn] = []  # the equation that is applied, and before it its callers
 
     def run(self, jaxpr: Jaxpr, operands: Sequence[_Value]) -> list[_Value]:
         """The outputs of a program."""
@@ -327,7 +328,9 @@ class _Interpreter:
             return [_Value() if isinstance(x, Literal) else values.get(x, _Value()) for x in atoms]
 
         for eqn in jaxpr.eqns:
+            self.eqns.append(eqn)
             values.update(zip(eqn.outvars, self.apply(eqn, read(eqn.invars)), strict=True))
+            self.eqns.pop()
         return read(jaxpr.outvars)
 
     def apply(self, eqn: JaxprEqn, operands: list[_Value]) -> list[_Value]:
@@ -374,7 +377,7 @@ class _Interpreter:
         views = [_layouts(eqn, view) for view in operand.views]
         if others or None in views:
             for view in _join(*operands).views:
-                self.unknown(eqn, view)
+                self.unknown(view)
             return [result] * len(eqn.outvars)
         return [result._replace(views=_unique(output)) for output in zip(*views, strict=True)]
 
@@ -422,7 +425,7 @@ class _Interpreter:
                 elif len(view.axes) in (0, len(shape)):
                     followed.append(view.resize(shape))
                 else:
-                    self.unknown(eqn, view)
+                    self.unknown(view)
         is_input = bool(inputs) or (not followed and any(v.is_input for v in operands))
         return _Value(is_input, _unique(followed))
 
@@ -557,12 +560,12 @@ class _Interpreter:
         if not reduction or not output:  # a vector, whichever axes of size 1 were left out
             reduction, output = frozenset(), every - batch
         axes = tuple(sorted(reduction)), tuple(sorted(output))
-        self.uses.append(_Use(leaf, eqn, kind, axes, problem))
+        self.uses.append(_Use(leaf, tuple(self.eqns), kind, axes, problem))
 
-    def unknown(self, eqn: JaxprEqn, view: _View) -> None:
+    def unknown(self, view: _View) -> None:
         if not view.is_noted:
             problem = "is an operation that cannot be followed"
-            self.uses.append(_Use(view.leaf, eqn, problem=problem))
+            self.uses.append(_Use(view.leaf, tuple(self.eqns), problem=problem))
 
 
 # What the uses of a leaf come to.
@@ -572,7 +575,7 @@ class _Use(NamedTuple):
     """An operation that uses a leaf, and the reading that it gives or the problem with it."""
 
     leaf: _Leaf
-    eqn: JaxprEqn
+    eqns: tuple[JaxprEqn, ...]  # the operation, and before it its callers
     kind: str = "inputs"  # or "lookup", "experts" that were looked up, "weights" alone
     axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
     problem: str = ""
@@ -583,7 +586,9 @@ class _Use(NamedTuple):
         return frozenset(filter(None, (_wide(self.leaf, axes) for axes in self.axes)))
 
     def __str__(self) -> str:
-        where = f"{self.eqn.primitive.name} at {summarize(self.eqn.source_info)}"
+        # Inside of a function of JAX's own no frame is the user's.
+        places = (summarize(eqn.source_info) for eqn in reversed(self.eqns))
+        where = f"{self.eqns[-1].primitive.name} at {next(filter(None, places), 'an unknown line')}"
         return f"{where} {self.problem or f'reads it as {MuonDimensionNumbers(*self.axes)}'}"
 
 
