@@ -435,8 +435,10 @@ class _Interpreter:
         lhs, rhs = operands
         if contracted[0]:
             for side, operand, other in ((0, lhs, rhs), (1, rhs, lhs)):
+                rank = len(_shapes(eqn.invars)[1 - side])
+                is_row = rank == len(contracted[side]) + len(batch[side])
                 for view in operand.views:
-                    self.matrix(eqn, view, other, contracted[side], batch[side])
+                    self.matrix(eqn, view, other, contracted[side], batch[side], is_row)
             return _Value(lhs.is_input or rhs.is_input)
 
         # Elementwise, as einsum's "bd,d->bd", or an outer product. In the output, the batch axes
@@ -487,7 +489,10 @@ class _Interpreter:
         is_one_index = not indices.is_input and len(index_axes) == len(batched)  # of a stack
 
         def select(view: _View) -> _View:
-            view = view._replace(batch=view.batch | _held(view.axes[i] for i in batching))
+            rest = (a for i, a in enumerate(view.axes) if i not in (*selected, *batching))
+            if indices.is_input and _held(rest):  # rows of tables that are batched as the indices
+                own = _held(view.axes[i] for i in batching)
+                view = view._replace(batch=view.batch | own, looked_up=view.looked_up | own)
             if not is_one_index:
                 view = self.look_up(eqn, view, selected, indices.is_input)
             looked_up = [view.axes[i] for i in selected]
@@ -528,8 +533,9 @@ class _Interpreter:
         other: _Value,
         reduction_axes: Iterable[int],
         batch_axes: Iterable[int],
+        is_row: bool = False,
     ) -> None:
-        """Notes a use in a product with another value."""
+        """Notes a use in a product with another value, maybe a row, without axes of its own."""
         named = {*reduction_axes, *batch_axes}
         reduction = _held(view.axes[i] for i in reduction_axes)
         output = _held(axis for i, axis in enumerate(view.axes) if i not in named)
@@ -538,7 +544,8 @@ class _Interpreter:
         if view.is_noted:
             kind = "experts"
             # Rows that were looked up are activations: what they meet says nothing of the leaf.
-            reduction, output = reduction - view.looked_up, output - view.looked_up
+            if is_row:  # several experts of each row
+                reduction, output = reduction - view.looked_up, output - view.looked_up
             if not (other.is_input and view.looked_up <= view.batch and reduction and output):
                 return
         self.note(eqn, view, reduction, output, kind)

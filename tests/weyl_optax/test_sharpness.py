@@ -152,6 +152,16 @@ def test_two_adams_are_not_taken_for_one():
         adam_preconditioner(solver.init(params))
 
 
+@pytest.mark.parametrize("two", [2, 2.0, np.full(3, 2)])
+def test_a_preconditioner_may_be_a_number_for_a_leaf(two):
+    curvature = jnp.array([1.0, 4.0, 9.0])
+    quadratic = lambda p, _: jnp.sum(curvature * p["w"] ** 2) / 2  # noqa: E731
+    found = sharpness(quadratic, {"w": jnp.ones(3)}, None, preconditioner={"w": two})
+    np.testing.assert_allclose(found, 4.5, rtol=1e-5)
+    with pytest.raises(ValueError, match="needs real params"):
+        sharpness(quadratic, {"w": jnp.ones(3, jnp.complex64)}, None)
+
+
 def test_params_in_bfloat16_have_the_sharpness_and_the_critical_rate_of_float32():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), make_params())
     rounded = jax.tree.map(lambda p: p.astype(jnp.float32), params)

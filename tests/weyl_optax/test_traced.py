@@ -220,6 +220,30 @@ OPERATIONS = {
         [i32(2, 5)],
         ((0,), (2,)),
     ),
+    "embedding by indices repeated over the features": (
+        (9, 6),
+        lambda w, t: jnp.take_along_axis(w, jnp.broadcast_to(t[:, None], (5, 6)), axis=0),
+        [i32(5)],
+        DENSE,
+    ),
+    "a roll of every row": (
+        (6, 8),
+        lambda w, x: x @ jax.vmap(jnp.roll)(w, jnp.arange(6)),
+        [x],
+        DENSE,
+    ),
+    "members that share an input, of experts": (
+        (2, 5, 6, 4),
+        lambda w, x, e: jax.vmap(lambda w, e: jnp.einsum("nd,ndf->nf", x, w[e]))(w, e),
+        [x, i32(2, 2)],
+        ((2,), (3,)),
+    ),
+    "members that share an input, of a stack": (
+        (2, 5, 6, 4),
+        lambda w, x: jax.vmap(lambda w, i: x @ w[i])(w, jnp.arange(2)),
+        [x],
+        ((2,), (0, 3)),
+    ),
     "embedding by take": ((9, 6), lambda w, t: jnp.take(w, t, axis=0), [i32(2, 5)], DENSE),
     "embedding of heads": ((9, 2, 3), lambda w, t: w[t] * 2, [i32(2, 5)], ((0,), (1, 2))),
     "embedding, then attention": (
@@ -836,6 +860,12 @@ def test_overrides():
             lambda w, x: x @ jnp.linalg.qr(w)[0],
             [x],
             r"cannot be read: (geqrf|qr) at .*test_traced.py:\d+.* is an operation that cannot be",
+        ),
+        (
+            (9, 4, 6),
+            lambda w, t, k: jnp.einsum("bthd,bsd->bhts", w[t], k),
+            [i32(2, 5), f32(2, 7, 6)],
+            r"splits its axes \[0\]",
         ),
         ((6, 6), lambda w, x: x, [x], "never meets an input. Let fn be the training loss"),
         ((6, 6), lambda w, x: x @ w.sum(0), [x], "never meets an input"),

@@ -103,8 +103,12 @@ def _polar_factor_beside_identity(a: jax.Array, tolerance: float) -> jax.Array:
     and of the odd cubics the one can be taken that lifts `least` the most.
     """
     identity = jnp.broadcast_to(jnp.eye(a.shape[-2], dtype=a.dtype), (*a.shape[:-1], a.shape[-2]))
-    gram = _matmul(a, a.conj().mT)
-    greatest = jnp.sqrt(1 + jnp.linalg.norm(gram, axis=(-2, -1), keepdims=True))
+    still = lax.stop_gradient(a)  # what the bound is, the result does not depend on
+    largest = jnp.max(jnp.abs(still), axis=(-2, -1), keepdims=True, initial=0)
+    still = still / jnp.where(largest > 0, largest, 1)
+    gram = _matmul(still, still.conj().mT)
+    norm = jnp.sqrt(jnp.linalg.norm(gram, axis=(-2, -1), keepdims=True))
+    greatest = jnp.hypot(1, largest * norm)
 
     def is_inexact(carry: Any) -> jax.Array:
         _, _, before, least = carry

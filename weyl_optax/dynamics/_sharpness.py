@@ -50,7 +50,7 @@ def sharpness(
         A scalar, in float32 at least. It is never above the exact value, but for rounding.
 
     Raises:
-        ValueError: If ``num_iters`` is below 1.
+        ValueError: If ``num_iters`` is below 1, or if params are complex.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,10 +65,13 @@ def sharpness(
         Methods at the Edge of Stability <https://arxiv.org/abs/2207.14484>`_, 2022
     """
     check_at_least("num_iters", num_iters, 1)
+    if any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
+        raise ValueError("sharpness needs real params: give their real and imaginary parts.")
     gradient = jax.grad(loss_fn)
     if preconditioner is None:
         preconditioner = jax.tree.map(jnp.ones_like, params)
-    root = jax.tree.map(lambda p: jnp.sqrt(p.astype(compute_dtype(p))), preconditioner)
+    dtypes = jax.tree.map(compute_dtype, params)
+    root = jax.tree.map(lambda p, dtype: jnp.sqrt(jnp.asarray(p, dtype)), preconditioner, dtypes)
 
     def product(v: Any) -> Any:
         """Of a vector in float32 at least, by a Hessian in the precision of the params."""
@@ -88,7 +91,7 @@ def sharpness(
         unit = jax.tree.map(lambda r: r / jnp.where(norm > 0, norm, 1), rest)
         return (now, unit, norm), (alpha, norm)
 
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), root)
+    shapes = jax.tree.map(lambda p, dtype: jax.ShapeDtypeStruct(p.shape, dtype), params, dtypes)
     start = optax.tree.random_like(jax.random.key(0), shapes, jax.random.normal)
     norm = optax.tree.norm(start)
     start = jax.tree.map(

@@ -208,6 +208,16 @@ def test_the_soft_clip_is_exact_far_above_its_norm(shape, max_norm):
     assert np.linalg.norm(np.asarray(found, float), 2) < max_norm * (1 + 1e-5)
 
 
+def test_the_soft_clip_of_huge_updates_and_its_derivative_at_zero():
+    u = jnp.asarray(gradients(1, 8, 12)[0], jnp.float32)
+    found, _ = soft_spectral_clip(1e-20).update(u, optax.EmptyState())
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(found, float), 2), 1e-20, rtol=1e-3)
+    solver = soft_spectral_clip(1.0)
+    update = lambda u: solver.update(u, optax.EmptyState())[0]  # noqa: E731
+    _, tangent = jax.jvp(update, (jnp.zeros_like(u),), (u,))
+    np.testing.assert_allclose(tangent, u, rtol=1e-5)
+
+
 def test_the_soft_clip_of_a_matrix_does_not_depend_on_its_stack():
     u = gradients(3, 32, 48).astype(np.float32)
     u[2] *= 1e-3
