@@ -102,8 +102,9 @@ def _scale_by_angle(
         if is_placeholder(params):
             return ScaleByAngleState(0, 0, 0)  # type: ignore
         leaves = BoundedLeaves(params, vectors, partition_specs=partition_specs)
-        zeros = leaves.put(zero_norms(leaves.of(params), leaves.specs))
-        return ScaleByAngleState(jnp.zeros([], jnp.int32), zeros, zeros)
+        # Buffers of their own: a jitted step may donate the state.
+        zeros = (leaves.put(zero_norms(leaves.of(params), leaves.specs)) for _ in range(2))
+        return ScaleByAngleState(jnp.zeros([], jnp.int32), *zeros)
 
     def update_fn(
         updates: optax.Updates,

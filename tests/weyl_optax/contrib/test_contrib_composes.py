@@ -69,6 +69,14 @@ GRADS = [arrays(seed) for seed in range(1, 5)]
 
 
 @solvers
+def test_a_state_that_was_made_eagerly_can_be_donated(solver):
+    params = arrays(0)
+    found = train(solver, params, GRADS[:2], solver.init(params))
+    expected = train(solver, params, GRADS[:2])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
+
+
+@solvers
 def test_map_params_and_abstract_init_and_a_pickled_state(solver):
     params = arrays(0)
     _, state = train(solver, params, GRADS[:2])
