@@ -8,15 +8,20 @@ import numpy as np
 import optax
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it can be checked: a schedule or an array is known only when it runs."""
+    return isinstance(value, (int, float, np.generic))
+
+
 def check_at_least(name: str, value: Any, least: float) -> None:
-    """Checks a Python number. A schedule or an array is known only when it runs."""
-    if isinstance(value, (int, float, np.generic)) and not float(value) >= least:
+    """Checks a Python number."""
+    if _is_number(value) and not float(value) >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def check_above(name: str, value: Any, bound: float) -> None:
-    """Checks a Python number, as `check_at_least` does."""
-    if isinstance(value, (int, float, np.generic)) and not float(value) > bound:
+    """Checks a Python number."""
+    if _is_number(value) and not float(value) > bound:
         raise ValueError(f"{name} must be above {bound}, got {value}.")
 
 

@@ -430,7 +430,9 @@ def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.expand_dims(per_matrix, tuple(range(per_matrix.ndim, like.ndim)))
 
 
-def _scaled(x: jax.Array, axes: Sequence[int], names: _shards.Names) -> tuple[jax.Array, jax.Array]:
+def scaled_to_one(
+    x: jax.Array, axes: Sequence[int], names: _shards.Names = ()
+) -> tuple[jax.Array, jax.Array]:
     """X over its largest absolute value, so that no square of it overflows, and this value.
 
     `names` are the mesh axes that divide the axes.
@@ -443,14 +445,14 @@ def _scaled(x: jax.Array, axes: Sequence[int], names: _shards.Names) -> tuple[ja
 def _vector_norm(a: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The 2-norm over all but the batch axes, without overflow or underflow."""
     names = spec.names(spec.matrix_axes)
-    a, largest = _scaled(jnp.abs(a), spec.matrix_axes, names)
+    a, largest = scaled_to_one(jnp.abs(a), spec.matrix_axes, names)
     return largest * jnp.sqrt(_shards.total(jnp.sum(a * a, axis=spec.matrix_axes), names))
 
 
 def _scaled_gram(a: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
     """The Gram matrices of the short side, (*batch, n, n), and by what the leaf was divided."""
     labels, size = Labels.of(spec), min(spec.matrix_shape)
-    a, scale = _scaled(a, spec.matrix_axes, spec.names(spec.matrix_axes))
+    a, scale = scaled_to_one(a, spec.matrix_axes, spec.names(spec.matrix_axes))
     a = jnp.where(jnp.isfinite(jnp.expand_dims(scale, spec.matrix_axes)), a, 0)
     side = labels.block.translate({ord(label): None for label in labels.batch + "y"})
     a = _shards.whole(a, [labels.divisors(label) if label in side else () for label in labels.leaf])
@@ -477,7 +479,8 @@ def _seeds_from_rows(
     """
     labels, axis = Labels.of(spec), len(spec.batch)
     rows = jnp.stack([_rows(a, spec) for a in leaves], axis)
-    rows, scale = _scaled(rows, range(axis + 1, rows.ndim), labels.divisors(labels.block[axis:]))
+    names = labels.divisors(labels.block[axis:])
+    rows, scale = scaled_to_one(rows, range(axis + 1, rows.ndim), names)
     unseen = ~(jnp.stack(last, axis) > 0) & jnp.isfinite(scale)
     seeds = jnp.where(_expand(unseen, rows), jnp.asarray(START_SIZE, rows.dtype) * rows, 0)
     return list(jnp.unstack(seeds, axis=axis))
@@ -599,7 +602,7 @@ def _products(
     r = jnp.stack(images, axis)
     y = stack.image.index("y")
     axes = [i for i in range(axis + 1, r.ndim) if i != y]
-    r, largest = _scaled(r, axes, stack.divisors(stack.image[i] for i in axes))
+    r, largest = scaled_to_one(r, axes, stack.divisors(stack.image[i] for i in axes))
     fresh = lax.slice_in_dim(r, 0, 1, axis=y)
     r = lax.concatenate([fresh * (jnp.abs(fresh) ** 4).astype(r.dtype), r], y)
     factor = jnp.max(largest, axis=-1)

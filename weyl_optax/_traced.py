@@ -417,7 +417,7 @@ class _Interpreter:
         for i, operand in enumerate(operands):
             for view in operand.views:
                 if inputs - {i}:
-                    self.entries(eqn, view)
+                    self.entries(view)
                     # A matrix with a random mask, as of DropConnect, looks like this, until its
                     # product: then it is used in two ways.
                     if len(shape) > 1 and not view.is_noted and all(_held([a]) for a in view.axes):
@@ -438,7 +438,7 @@ class _Interpreter:
                 rank = len(_shapes(eqn.invars)[1 - side])
                 is_row = rank == len(contracted[side]) + len(batch[side])
                 for view in operand.views:
-                    self.matrix(eqn, view, other, contracted[side], batch[side], is_row)
+                    self.matrix(view, other, contracted[side], batch[side], is_row)
             return _Value(lhs.is_input or rhs.is_input)
 
         # Elementwise, as einsum's "bd,d->bd", or an outer product. In the output, the batch axes
@@ -460,20 +460,20 @@ class _Interpreter:
     def convolution(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> _Value:
         groups = eqn.params["feature_group_count"]
         for view in lhs.views:
-            self.entries(eqn, view)
+            self.entries(view)
         for view in rhs.views:
             out, *window = (view.axes[i] for i in eqn.params["dimension_numbers"].rhs_spec)
             group = ()
             if groups > 1:  # each has output channels of its own; vmap over kernels makes groups
                 group, out = _reshape([out], (groups, _size(out) // groups))
             axes = (group, out, *window)
-            self.matrix(eqn, view._replace(axes=axes), lhs, range(2, len(axes)), [0])
+            self.matrix(view._replace(axes=axes), lhs, range(2, len(axes)), [0])
         return _Value(lhs.is_input or rhs.is_input)
 
     def dynamic_slice(self, eqn: JaxprEqn, operand: _Value, starts: list[_Value]) -> _Value:
         sizes, (full, *_) = eqn.params["slice_sizes"], _shapes(eqn.invars)
         moved = [i for i, v in enumerate(starts) if v.is_input and sizes[i] < full[i]]
-        sliced = operand.map(lambda view: self.look_up(eqn, view, moved, True).resize(sizes))
+        sliced = operand.map(lambda view: self.look_up(view, moved, True).resize(sizes))
         return sliced._replace(is_input=operand.is_input or bool(moved))
 
     def gather(self, eqn: JaxprEqn, operand: _Value, indices: _Value) -> _Value:
@@ -494,7 +494,7 @@ class _Interpreter:
                 own = _held(view.axes[i] for i in batching)
                 view = view._replace(batch=view.batch | own, looked_up=view.looked_up | own)
             if not is_one_index:
-                view = self.look_up(eqn, view, selected, indices.is_input)
+                view = self.look_up(view, selected, indices.is_input)
             looked_up = [view.axes[i] for i in selected]
             window = enumerate(view.resize(sizes).axes)
             window = iter([axis for i, axis in window if i not in (*collapsed, *batching)])
@@ -510,25 +510,24 @@ class _Interpreter:
 
         return _Value(operand.is_input or indices.is_input, operand.map(select).views)
 
-    def look_up(self, eqn: JaxprEqn, view: _View, axes: list[int], by_input: bool) -> _View:
+    def look_up(self, view: _View, axes: list[int], by_input: bool) -> _View:
         """Some entries of these axes. By constant indices, they may yet be a part of a weight."""
         if not axes:
             return view
         looked_up = view.looked_up | _held(view.axes[i] for i in axes)
         view = view._replace(looked_up=looked_up)
         if by_input and not view.is_noted:
-            self.entries(eqn, view, kind="lookup")
+            self.entries(view, kind="lookup")
         return view._replace(is_noted=view.is_noted or by_input)
 
-    def entries(self, eqn: JaxprEqn, view: _View, kind: str = "inputs") -> None:
+    def entries(self, view: _View, kind: str = "inputs") -> None:
         """Notes a use of the entries: as a vector, or of rows that have been looked up."""
         if not view.is_noted:
             others = _held(view.axes) - view.looked_up - view.batch
-            self.note(eqn, view, view.looked_up - view.batch, others, kind)
+            self.note(view, view.looked_up - view.batch, others, kind)
 
     def matrix(
         self,
-        eqn: JaxprEqn,
         view: _View,
         other: _Value,
         reduction_axes: Iterable[int],
@@ -548,14 +547,14 @@ class _Interpreter:
                 reduction, output = reduction - view.looked_up, output - view.looked_up
             if not (other.is_input and view.looked_up <= view.batch and reduction and output):
                 return
-        self.note(eqn, view, reduction, output, kind)
+        self.note(view, reduction, output, kind)
 
-    def note(self, eqn: JaxprEqn, view: _View, reduction: _Axes, output: _Axes, kind: str) -> None:
+    def note(self, view: _View, reduction: _Axes, output: _Axes, kind: str) -> None:
         leaf, batch, every = view.leaf, view.batch, frozenset(range(len(view.leaf.shape)))
         problem = ""
         # Where an axis has been split, its parts can have different roles.
         split = _wide(leaf, (batch & reduction) | (batch & output) | (reduction & output))
-        if split and eqn.primitive.name == "conv_general_dilated":
+        if split and self.eqns[-1].primitive.name == "conv_general_dilated":
             vectors = MuonDimensionNumbers((), tuple(sorted(every - split)))
             problem = (
                 "is a grouped convolution, which is block-diagonal; "

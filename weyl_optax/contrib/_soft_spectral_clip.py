@@ -9,7 +9,7 @@ from jax import lax
 
 from weyl_optax import _sharding
 from weyl_optax._arguments import check_above
-from weyl_optax._block_iteration import compute_dtype
+from weyl_optax._block_iteration import compute_dtype, scaled_to_one
 from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
 from weyl_optax._vectors import only_matrices
 
@@ -103,12 +103,10 @@ def _polar_factor_beside_identity(a: jax.Array, tolerance: float) -> jax.Array:
     and of the odd cubics the one can be taken that lifts `least` the most.
     """
     identity = jnp.broadcast_to(jnp.eye(a.shape[-2], dtype=a.dtype), (*a.shape[:-1], a.shape[-2]))
-    still = lax.stop_gradient(a)  # what the bound is, the result does not depend on
-    largest = jnp.max(jnp.abs(still), axis=(-2, -1), keepdims=True, initial=0)
-    still = still / jnp.where(largest > 0, largest, 1)
-    gram = _matmul(still, still.conj().mT)
-    norm = jnp.sqrt(jnp.linalg.norm(gram, axis=(-2, -1), keepdims=True))
-    greatest = jnp.hypot(1, largest * norm)
+    # The result does not depend on the upper bound.
+    scaled, largest = scaled_to_one(lax.stop_gradient(a), (-2, -1))
+    norm = jnp.sqrt(jnp.linalg.norm(_matmul(scaled, scaled.conj().mT), axis=(-2, -1)))
+    greatest = jnp.hypot(1, largest * norm)[..., None, None]
 
     def is_inexact(carry: Any) -> jax.Array:
         _, _, before, least = carry

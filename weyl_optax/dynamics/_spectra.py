@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from weyl_optax import _sharding
-from weyl_optax._block_iteration import compute_dtype
+from weyl_optax._block_iteration import compute_dtype, scaled_to_one
 from weyl_optax._lapack import singular_values, triangular_factor
 from weyl_optax._spectral_norm import spectral_norm
 
@@ -125,17 +125,11 @@ def _qk_singular_values(query: jax.Array, key: jax.Array) -> tuple[jax.Array, ja
             f"query has the shape {query.shape} and key {key.shape}. Both must have the same "
             "(..., d, heads, head_dim)."
         )
-    (query, of_query), (key, of_key) = _normalize(query), _normalize(key)
+    (query, of_query), (key, of_key) = (
+        scaled_to_one(kernel.astype(compute_dtype(kernel)), (-3, -1)) for kernel in (query, key)
+    )
     core = product_core(jnp.swapaxes(query, -3, -2), jnp.moveaxis(key, -3, -1))
     return singular_values(core), of_query * of_key
-
-
-def _normalize(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A kernel whose heads have a largest entry of 1, and what they were divided by."""
-    kernel = kernel.astype(compute_dtype(kernel))
-    largest = jnp.max(jnp.abs(kernel), axis=(-3, -1), keepdims=True)
-    largest = jnp.where(largest > 0, largest, 1)
-    return kernel / largest, jnp.squeeze(largest, (-3, -1))
 
 
 def product_core(first: jax.Array, second: jax.Array) -> jax.Array:
