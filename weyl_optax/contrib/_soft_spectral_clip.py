@@ -31,8 +31,8 @@ def soft_spectral_clip(
 
     takes a singular value :math:`\sigma` to :math:`\sigma / \sqrt{1 + \sigma^2 / c^2}`: itself
     where it is small, and :math:`c` where it is large, without a decomposition: by a scaled
-    Newton-Schulz iteration, in products of matrices alone. Of an update in float32, the error is
-    about :math:`10^{-7} \|U\|_2`, as much as its own rounding is.
+    Newton-Schulz iteration, in products of matrices alone. In float32, rounding adds an error of
+    about :math:`10^{-7} \|U\|_2` to the tolerance, as much as the update's own rounding is.
 
     Args:
         max_norm: :math:`c`, above 0.
