@@ -100,9 +100,20 @@ def _matrices_only(numbers: Any) -> Any:
     return jax.tree.map_with_path(of_leaf, numbers, is_leaf=is_numbers)
 
 
+def _capped(numbers: Any, rank: int) -> optax.GradientTransformation:
+    mask = jax.tree.map(
+        lambda x: x is not None,
+        _matrices_only(numbers),
+        is_leaf=lambda x: x is None or is_numbers(x),
+    )
+    return adamw2(RATE, tau=TAU, weight_dimension_numbers=numbers, cap_rank=rank, cap_mask=mask)
+
+
 OPTIMIZERS: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
     BASE: lambda _: optax.adamw(RATE),
     OURS: lambda numbers: adamw2(RATE, tau=TAU, weight_dimension_numbers=numbers),
+    "adamw2, a cap of rank 32": lambda numbers: _capped(numbers, 32),
+    "adamw2, a cap of rank 192": lambda numbers: _capped(numbers, 192),
     "optax.lamb": lambda _: optax.lamb(RATE),
     "optax.adaptive_grad_clip after Adam": lambda _: optax.chain(
         optax.adamw(RATE), optax.adaptive_grad_clip(TAU)

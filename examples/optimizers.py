@@ -25,6 +25,7 @@ Alone = Literal[
     "adamw",
     "adamw_warmup",
     "adamw2",
+    "adamw2_cap",
     "radam",
     "lion",
     "lamb",
@@ -77,6 +78,8 @@ class Settings:
     """Decay rates of Adam's moments."""
     adam_share: float = 0.1
     """Times the learning rate, that of Adam for embeddings and vectors (Muon, AdamH, MuonH)."""
+    cap_rank: int = 32
+    """Singular values of an update that are lowered to the last of them (AdamW² with the cap)."""
     max_norm: float = 10.0
     """Largest singular value of Adam's update (soft spectral clip)."""
     max_logit: float = 100.0
@@ -112,6 +115,16 @@ def is_decayed(params: optax.Params) -> optax.Params:
         return _name(path).rpartition("/")[2] in ("kernel", "embedding")
 
     return jax.tree.map_with_path(is_decayed, params)
+
+
+def is_hidden_kernel(params: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """The kernels of the blocks: neither embeddings nor the classifier."""
+
+    def is_hidden(path: tuple[Any, ...], _: Any) -> bool:
+        name = _name(path)
+        return "blocks/" in name and name.endswith("kernel")
+
+    return jax.tree.map_with_path(is_hidden, params, is_leaf=is_leaf)
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -159,6 +172,18 @@ def _adamw(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTra
 
 def _adamw2(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
     return adamw2(rate, **_adam(s), tau=s.tau, growth=s.growth, weight_dimension_numbers=numbers)
+
+
+def _adamw2_cap(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return adamw2(
+        rate,
+        **_adam(s),
+        tau=s.tau,
+        growth=s.growth,
+        weight_dimension_numbers=numbers,
+        cap_rank=s.cap_rank,
+        cap_mask=is_hidden_kernel,
+    )
 
 
 def _radam(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
@@ -268,17 +293,13 @@ def _hidden_kernels(numbers: Any) -> Any:
 
     Neither embeddings nor the classifier are hidden.
     """
-
-    def entry(path: tuple[Any, ...], leaf: MuonDimensionNumbers) -> MuonDimensionNumbers | None:
-        name = _name(path)
-        return leaf if "blocks/" in name and name.endswith("kernel") else None
-
-    return jax.tree.map_with_path(
-        entry, numbers, is_leaf=lambda x: isinstance(x, MuonDimensionNumbers)
-    )
+    is_leaf = lambda x: isinstance(x, MuonDimensionNumbers)  # noqa: E731
+    hidden = is_hidden_kernel(numbers, is_leaf)
+    return jax.tree.map(lambda x, kept: x if kept else None, numbers, hidden, is_leaf=is_leaf)
 
 
 _TAU = {"tau": (0.03, 0.1, 0.3)}
+_RANK = {"cap_rank": (16, 32, 64)}
 _CLIP = {"tau": (0.01, 0.03, 0.1)}
 _SHARE = {"adam_share": (0.1, 0.3, 1.0)}
 _MOMENTUM = {"betas": ((0.8, 0.95), (0.9, 0.95), (0.95, 0.95))}
@@ -292,6 +313,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer("AdamW, no warmup", _adamw, _cosine, {}),
     "adamw_warmup": Optimizer("AdamW, warmup", _adamw, _warmup_cosine, _WARMUP),
     "adamw2": Optimizer("AdamW², no warmup", _adamw2, _cosine, _TAU),
+    "adamw2_cap": Optimizer("AdamW² with the cap, no warmup", _adamw2_cap, _cosine, _TAU | _RANK),
     "radam": Optimizer("RAdam, no warmup", _radam, _cosine, _MOMENTUM),
     "lion": Optimizer("Lion, no warmup", _lion, _cosine, _MOMENTUM),
     "lamb": Optimizer("LAMB, no warmup", _lamb, _cosine, _MOMENTUM),
@@ -329,5 +351,5 @@ def _bounded(name: str) -> Optimizer:
 
 ALONE = {name: name.removesuffix("_bound") for name in get_args(Bounded)}
 OPTIMIZERS |= {name: _bounded(alone) for name, alone in ALONE.items()}
-ALONE["adamw2"] = "adamw"
+ALONE |= {"adamw2": "adamw", "adamw2_cap": "adamw"}
 LABELS = {name: optimizer.label for name, optimizer in OPTIMIZERS.items()}

@@ -8,12 +8,14 @@ from weyl_optax._adamw2 import adamw2
 from weyl_optax._bound import WeylBoundState, scale_by_weyl_bound
 from weyl_optax._granularity import by_head, by_unit
 from weyl_optax._metrics import bound_metrics
+from weyl_optax._spectral_cap import SpectralCapState, spectral_cap
 from weyl_optax._spectral_norm import spectral_norm
 from weyl_optax._state_shardings import state_shardings
 from weyl_optax._tabulate import tabulate
 from weyl_optax._traced import dimension_numbers_from
 
 __all__ = [
+    "SpectralCapState",
     "WeylBoundState",
     "adamw2",
     "bound_metrics",
@@ -21,6 +23,7 @@ __all__ = [
     "by_unit",
     "dimension_numbers_from",
     "scale_by_weyl_bound",
+    "spectral_cap",
     "spectral_norm",
     "state_shardings",
     "tabulate",

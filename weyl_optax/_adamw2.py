@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import optax
 
-from weyl_optax import _sharding
 from weyl_optax._bound import Growth, scale_by_weyl_bound
 from weyl_optax._dimension_numbers import WeightDimNumOrFn
+from weyl_optax._spectral_cap import spectral_cap
 
 
 def adamw2(
@@ -27,7 +27,8 @@ def adamw2(
     max_std: jax.typing.ArrayLike = 0.02,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
-    partition_specs: Any | None = None,
+    cap_rank: int | None = None,
+    cap_mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW², which trains Transformers without learning rate warmup.
 
@@ -69,7 +70,10 @@ def adamw2(
         max_std: Deviation of that whose norm is the most that counts, with linear growth.
         weight_dimension_numbers: How each leaf is read as matrices.
         num_iters: Iterations of the estimator at each update.
-        partition_specs: How the params are divided, inside of a :func:`jax.shard_map`.
+        cap_rank: How many leading singular values of Adam's update are lowered to the last of
+            them, before the bound: see :func:`spectral_cap`. By default none.
+        cap_mask: The leaves whose updates are capped, see :func:`optax.masked`; by default all.
+            Embeddings and heads are better left out.
 
     Returns:
         The corresponding :class:`optax.GradientTransformationExtraArgs`.
@@ -99,18 +103,16 @@ def adamw2(
         Qi et al, `Taming Transformer Without Using Learning Rate Warmup
         <https://arxiv.org/abs/2505.21910>`_, 2025
     """
-    adam = optax.scale_by_adam(
-        b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
-    )
-
-    def init_adam(params: optax.Params) -> optax.ScaleByAdamState:
-        # The bound reads the params in its `init`, which so takes place on all their devices.
-        state: Any = adam.init(params)
-        mu, nu = (_sharding.shard_alike(moments, params) for moments in (state.mu, state.nu))
-        return state._replace(mu=mu, nu=nu)
-
+    scaling = [
+        optax.scale_by_adam(
+            b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
+        )
+    ]
+    if cap_rank is not None:
+        cap = spectral_cap(cap_rank, weight_dimension_numbers)
+        scaling.append(cap if cap_mask is None else optax.masked(cap, cap_mask))
     return optax.chain(
-        optax.GradientTransformation(init_adam, adam.update),
+        *scaling,
         scale_by_weyl_bound(
             tau,
             learning_rate,
@@ -121,7 +123,6 @@ def adamw2(
             max_std=max_std,
             weight_dimension_numbers=weight_dimension_numbers,
             num_iters=num_iters,
-            partition_specs=partition_specs,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )

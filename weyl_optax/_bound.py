@@ -1,13 +1,14 @@
 """The bound on the growth of spectral norms, as an Optax transform."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax import _block_iteration
+from weyl_optax import _orthogonal_iteration as iteration
 from weyl_optax._arguments import check_at_least, check_in, value_at
 from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
 from weyl_optax._tabulate import warn_of_reading_by_rank
@@ -24,14 +25,14 @@ class WeylBoundState(NamedTuple):
     :func:`jax.jit` and :func:`jax.device_put` take it for shardings.
     """
 
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
+    bound_count: jax.Array  # shape=(), dtype=int32.
     # A block is 8 vectors along the shorter side, if that is above 16; float32 at least.
     weight_block: Any  # shape=(*batch, 8, *output) or (*batch, *reduction, 8)
     update_block: Any  # The same.
     sigma_initial: Any  # shape=batch. Norm of the weight before the first update; 0 before that.
     sigma_weight: Any  # shape=batch. Norm of the weight, last update.
     sigma_update: Any  # shape=batch. Norm of the update, last update.
-    scale: Any  # shape=batch. Factor applied to the last update.
+    bound_scale: Any  # shape=batch. Factor applied to the last update.
 
 
 def scale_by_weyl_bound(
@@ -45,7 +46,6 @@ def scale_by_weyl_bound(
     max_std: jax.typing.ArrayLike = 0.02,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
-    partition_specs: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bound how fast the spectral norm of every weight matrix may grow.
 
@@ -80,6 +80,10 @@ def scale_by_weyl_bound(
 
         \alpha_t = \min\left(\eta_t,\; \tau\, \frac{\min(\sigma_1(W_{t-1}),\;
             \sigma_1(W_0),\; s (\sqrt m + \sqrt n))}{\sigma_1(U_t)}\right).
+
+    A weight that starts at zero, or near it (``min_std``), as adapters, residual gains, biases and
+    zero heads do, has no norm to go by: it grows exponentially to
+    :math:`s (\sqrt m + \sqrt n)`, and linearly from there.
 
     Args:
         tau: Largest growth of a spectral norm in a step, relative; a schedule of it is allowed.
@@ -118,21 +122,15 @@ def scale_by_weyl_bound(
             update. It starts from the singular vectors of the last update, where one
             is nearly always enough; each reads the weights and the updates twice. One
             vector is drawn afresh each time, so that parts of a matrix that were zero are
-            seen when they are not any more. The first update has no such start, and its
-            norm can be some percent too low; so can the norm of a weight that was zero in
-            ``init``, for some updates. The norm of a matrix with a side of at most
-            16 is always exact.
-        partition_specs: For use inside of a :func:`jax.shard_map` whose params are divided: a
-            tree like the params with the :class:`jax.sharding.PartitionSpec` of each, or ``None``
-            for a leaf that is whole everywhere. The bound is then that of the whole matrix;
-            without it, each shard is a matrix of its own. Elsewhere it changes nothing.
+            seen when they are not any more. The first update, which has no such start, takes 16
+            more. The norm of a matrix with a side of at most 16 is always exact.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
         params. A zero update stays zero, and ``None`` stays ``None``. An update with NaN or
         inf comes out with NaN, and leaves no trace in the block vectors of its matrix. A
         sharded weight is bounded as a whole and stays where it is; inside of a
-        :func:`jax.shard_map` that takes ``partition_specs``. It can be differentiated once,
+        :func:`jax.shard_map`, each shard is a matrix of its own. It can be differentiated once,
         forward and in reverse.
 
     Raises:
@@ -171,30 +169,20 @@ def scale_by_weyl_bound(
             return WeylBoundState(*[0] * len(WeylBoundState._fields))  # type: ignore
         if weight_dimension_numbers is None:
             warn_of_reading_by_rank(params)
-        leaves = BoundedLeaves(params, weight_dimension_numbers, partition_specs=partition_specs)
-        weights = leaves.of(params)
-        weight_blocks, update_blocks = (
-            _block_iteration.new_blocks(weights, leaves.specs, seed)
-            for seed in (_block_iteration.WEIGHT_SEED, _block_iteration.UPDATE_SEED)
-        )
-        sigma_updates = _block_iteration.zero_norms(weights, leaves.specs)
-        if any(isinstance(w, jax.ShapeDtypeStruct) for w in weights):
-            sigma_weights = _block_iteration.zero_norms(weights, leaves.specs)
-        else:
-            sigma_weights, weight_blocks = _block_iteration.spectral_norms(
-                leaves.specs,
-                [jnp.asarray(w) for w in weights],
-                weight_blocks,
-                _block_iteration.COLD_ITERS,
-            )
+        leaves = BoundedLeaves(params, weight_dimension_numbers)
+
+        def of_each(make: Callable[..., Any]) -> Any:
+            """Buffers of their own: a jitted step may donate the state."""
+            return leaves.put(list(map(make, leaves.of(params), leaves.specs)))
+
         return WeylBoundState(
-            count=jnp.zeros([], jnp.int32),
-            weight_block=leaves.put(weight_blocks),
-            update_block=leaves.put(update_blocks),
-            sigma_initial=leaves.put([jnp.zeros_like(sigma) for sigma in sigma_weights]),
-            sigma_weight=leaves.put(sigma_weights),
-            sigma_update=leaves.put(sigma_updates),
-            scale=leaves.put([jnp.ones_like(sigma) for sigma in sigma_weights]),
+            bound_count=jnp.zeros([], jnp.int32),
+            weight_block=of_each(iteration.new_block),
+            update_block=of_each(iteration.new_block),
+            sigma_initial=of_each(iteration.zero_norms),
+            sigma_weight=of_each(iteration.zero_norms),
+            sigma_update=of_each(iteration.zero_norms),
+            bound_scale=of_each(lambda a, spec: iteration.zero_norms(a, spec) + 1),
         )
 
     def update_fn(
@@ -208,56 +196,54 @@ def scale_by_weyl_bound(
             raise ValueError(
                 "scale_by_weyl_bound measures the params: call update(updates, state, params)."
             )
-        leaves = BoundedLeaves(params, weight_dimension_numbers, updates, partition_specs)
+        leaves = BoundedLeaves(params, weight_dimension_numbers, updates)
         weights = [jnp.asarray(w) for w in leaves.of(params)]
-        steps = [
-            jnp.asarray(u).astype(_block_iteration.compute_dtype(w))
-            for u, w in zip(leaves.of(updates), weights, strict=True)
-        ]
-        norms, blocks = _block_iteration.updated_norms(
-            weights + steps,
+        steps = [jnp.asarray(u) for u in leaves.of(updates)]
+        wide = [u.astype(iteration.compute_dtype(w)) for u, w in zip(steps, weights, strict=True)]
+        found = iteration.search(
+            weights + wide,
             leaves.specs * 2,
             leaves.of(state.weight_block) + leaves.of(state.update_block),
-            # A weight goes on from its block. One that was abstract or zero in init starts from a
-            # random one, and its norm is too low, on the safe side, for some updates.
-            [None] * len(weights) + leaves.of(state.sigma_update),
-            state.count,
-            num_iters,
+            # The params of the first update count: they may have been loaded after init.
+            jnp.where(state.bound_count == 0, iteration.COLD_ITERS, 0) + num_iters,
+            state.bound_count,
         )
-        sigma_weights, sigma_updates = norms[: len(steps)], norms[len(steps) :]
-        # The params of the first update count: they may have been loaded after init.
+        of_weights, of_updates = found[: len(weights)], found[len(weights) :]
         sigma_initials = [
-            jnp.where((before > 0) & jnp.isfinite(before), before, now)
-            for before, now in zip(leaves.of(state.sigma_initial), sigma_weights, strict=True)
+            jnp.where((before > 0) & jnp.isfinite(before), before, now.sigma)
+            for before, now in zip(leaves.of(state.sigma_initial), of_weights, strict=True)
         ]
-        references = [
-            _reference(spec, now, initial, growth, min_std, max_std)
-            for spec, now, initial in zip(leaves.specs, sigma_weights, sigma_initials, strict=True)
-        ]
-        max_growth, rate = value_at(tau, state.count), value_at(learning_rate, state.count)
+        max_growth, rate = (value_at(x, state.bound_count) for x in (tau, learning_rate))
         scales = [
-            _scale(reference, sigma_update, max_growth, rate)
-            for reference, sigma_update in zip(references, sigma_updates, strict=True)
+            _scale(
+                _reference(spec, w.sigma, initial, growth, min_std, max_std),
+                u.sigma,
+                max_growth,
+                rate,
+            )
+            for spec, w, initial, u in zip(
+                leaves.specs, of_weights, sigma_initials, of_updates, strict=True
+            )
         ]
-        dtypes = [jnp.asarray(u).dtype for u in leaves.of(updates)]
+        updates = leaves.put(wide, updates)
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-            strength: Any = value_at(weight_decay, state.count)
+            strength: Any = value_at(weight_decay, state.bound_count)
             decay = optax.add_decayed_weights(strength, weight_decay_mask)
             updates, _ = decay.update(updates, decay.init(params), params)
         bounded = [
-            _rescale(jnp.asarray(u), scale, spec).astype(dtype)
-            for u, scale, spec, dtype in zip(
-                leaves.of(updates), scales, leaves.specs, dtypes, strict=True
+            (jnp.expand_dims(scale, spec.matrix_axes).astype(u.dtype) * u).astype(step.dtype)
+            for u, scale, spec, step in zip(
+                leaves.of(updates), scales, leaves.specs, steps, strict=True
             )
         ]
         return leaves.put(bounded, updates), WeylBoundState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            weight_block=leaves.put(blocks[: len(steps)], state.weight_block),
-            update_block=leaves.put(blocks[len(steps) :], state.update_block),
+            bound_count=jnp.asarray(optax.safe_increment(state.bound_count)),
+            weight_block=leaves.put([x.block for x in of_weights], state.weight_block),
+            update_block=leaves.put([x.block for x in of_updates], state.update_block),
             sigma_initial=leaves.put(sigma_initials, state.sigma_initial),
-            sigma_weight=leaves.put(sigma_weights, state.sigma_weight),
-            sigma_update=leaves.put(sigma_updates, state.sigma_update),
-            scale=leaves.put(scales, state.scale),
+            sigma_weight=leaves.put([x.sigma for x in of_weights], state.sigma_weight),
+            sigma_update=leaves.put([x.sigma for x in of_updates], state.sigma_update),
+            bound_scale=leaves.put(scales, state.bound_scale),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -274,12 +260,10 @@ def _reference(
     """The norm for which a weight counts: tau times that is the largest norm of its step."""
     gaussian = sum(math.sqrt(size) for size in spec.matrix_shape)  # its norm, with deviation 1
     least, most = (jnp.asarray(std, now.dtype) * gaussian for std in (min_std, max_std))
-    reference = now
     if growth == "linear":
-        reference = jnp.minimum(now, initial)
-        if spec.reduction:
-            reference = jnp.minimum(reference, most)
-    return jnp.maximum(reference, least)
+        usual = jnp.minimum(initial, most) if spec.reduction else initial
+        now = jnp.minimum(now, jnp.where(initial < least, most, usual))
+    return jnp.maximum(now, least)
 
 
 def _scale(
@@ -292,14 +276,11 @@ def _scale(
     tau, rate = (jnp.asarray(x, reference.dtype) for x in (tau, rate))
     allowed = tau * reference
     wanted = rate * sigma_update
-    # NaN is not <= anything: it passes into the scale, and so into the update.
+    # NaN is not <= anything. A matrix of which something is not finite takes no step, and what is
+    # not finite stays so.
     is_bounded = ~(wanted <= allowed)
-    return jnp.where(is_bounded, allowed / jnp.where(is_bounded, wanted, 1), 1)
-
-
-def _rescale(u: jax.Array, scale: jax.Array, spec: MatrixSpec) -> jax.Array:
-    dtype = _block_iteration.compute_dtype(u)
-    return jnp.expand_dims(scale, spec.matrix_axes).astype(dtype) * u.astype(dtype)
+    factor = jnp.where(jnp.isfinite(wanted), allowed / jnp.where(is_bounded, wanted, 1), 0)
+    return jnp.where(is_bounded, factor, 1)
 
 
 def is_placeholder(params: Any) -> bool:

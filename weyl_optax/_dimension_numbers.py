@@ -6,7 +6,6 @@ for Muon works unchanged. Axes that it does not name are batch axes.
 
 import dataclasses
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,10 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 from optax.contrib import MuonDimensionNumbers
-
-from weyl_optax import _shards
 
 WeightDimNumOrFn: TypeAlias = MuonDimensionNumbers | optax.Params | Callable[[optax.Params], Any]
 
@@ -28,24 +24,14 @@ WeightDimNumOrFn: TypeAlias = MuonDimensionNumbers | optax.Params | Callable[[op
 class MatrixSpec:
     """A leaf, read as a batch of matrices of shape (reduction, output)."""
 
-    shape: tuple[int, ...]  # in a shard_map, of a shard
+    shape: tuple[int, ...]
     batch: tuple[int, ...]  # axes, ascending; each index is a matrix of its own
     reduction: tuple[int, ...]  # axes, ascending; together the rows
     output: tuple[int, ...]  # axes, ascending; together the columns
-    divisors: tuple[_shards.Names, ...]  # the manual mesh axes that divide each axis
-    role: str  # the leaf's path without numbers: that of its counterparts in other layers
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """The sizes of some axes."""
         return tuple(self.shape[axis] for axis in axes)
-
-    def names(self, axes: Sequence[int]) -> _shards.Names:
-        """The mesh axes that divide some axes."""
-        return tuple(name for axis in axes for name in self.divisors[axis])
-
-    def whole_sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
-        """The sizes of some axes, of all shards together."""
-        return tuple(self.shape[axis] * _shards.count(self.divisors[axis]) for axis in axes)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -54,8 +40,8 @@ class MatrixSpec:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns, of the whole matrix."""
-        return math.prod(self.whole_sizes(self.reduction)), math.prod(self.whole_sizes(self.output))
+        """Rows and columns."""
+        return math.prod(self.sizes(self.reduction)), math.prod(self.sizes(self.output))
 
     @property
     def matrix_axes(self) -> tuple[int, ...]:
@@ -127,11 +113,9 @@ class BoundedLeaves:
         params: As for `resolve_dimension_numbers`.
         weight_dimension_numbers: As there.
         updates: Of the structure of `params`, but for `None` in place of leaves.
-        partition_specs: How a `shard_map` divides the leaves.
 
     Raises:
-        ValueError: As `resolve_dimension_numbers`, and if `updates` or `partition_specs` do not
-            fit `params`.
+        ValueError: As `resolve_dimension_numbers`, and if `updates` do not fit `params`.
     """
 
     def __init__(
@@ -139,7 +123,6 @@ class BoundedLeaves:
         params: optax.Params,
         weight_dimension_numbers: WeightDimNumOrFn | None,
         updates: optax.Updates | None = None,
-        partition_specs: Any | None = None,
     ):
         leaves, self._treedef = leaves_with_path(params if updates is None else updates)
         specs = resolve_dimension_numbers(params, weight_dimension_numbers)
@@ -165,22 +148,6 @@ class BoundedLeaves:
                     f"{spec.shape} in params."
                 )
         self.paths = tuple(path_name(leaves[i][0]) for i in self._specs)
-        if partition_specs is not None:
-            self._divide(partition_specs)
-
-    def _divide(self, partition_specs: Any) -> None:
-        try:
-            partitions = self.of(partition_specs)
-        except ValueError as error:
-            raise ValueError(f"partition_specs and params differ in structure: {error}") from None
-        for (i, spec), partition in zip(self._specs.items(), partitions, strict=True):
-            if not (partition is None or isinstance(partition, PartitionSpec)):
-                raise ValueError(
-                    f"partition_specs has {partition!r} for a leaf of shape {spec.shape}. Write a "
-                    "jax.sharding.PartitionSpec, or None for a leaf that is whole on all devices."
-                )
-            divisors = _shards.divisors(partition, len(spec.shape))
-            self._specs[i] = dataclasses.replace(spec, divisors=divisors)
 
     @property
     def specs(self) -> tuple[MatrixSpec, ...]:
@@ -358,5 +325,4 @@ def _matrix_spec(
             "An axis is a reduction, an output, or, unnamed, a batch axis."
         )
     batch = tuple(axis for axis in range(len(shape)) if axis not in named)
-    role = re.sub(r"\d+", "", path_name(path))
-    return MatrixSpec(shape, batch, reduction, output, ((),) * len(shape), role)
+    return MatrixSpec(shape, batch, reduction, output)

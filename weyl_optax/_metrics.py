@@ -11,7 +11,11 @@ from weyl_optax import _sharding
 from weyl_optax._bound import WeylBoundState
 from weyl_optax._dimension_numbers import leaves_with_path, path_name
 
-MEASURED = ("sigma_weight", "sigma_update", "scale")
+MEASURED = {  # fields of the state, by the names that they get
+    "sigma_weight": "sigma_weight",
+    "sigma_update": "sigma_update",
+    "scale": "bound_scale",
+}
 
 
 def bound_metrics(
@@ -83,13 +87,14 @@ def bound_metrics(
 
 def _is_bound(x: Any) -> bool:
     """Whether it is a state of the bound, or was one before something made dicts of tuples."""
-    return isinstance(x, WeylBoundState) or (isinstance(x, Mapping) and {*MEASURED} <= set(x))
+    fields = {*MEASURED.values()}
+    return isinstance(x, WeylBoundState) or (isinstance(x, Mapping) and fields <= set(x))
 
 
 def _measured(state: WeylBoundState | Mapping[str, Any]) -> dict[str, jax.Array]:
     """What one bound measured, by name."""
     fields = state._asdict() if isinstance(state, WeylBoundState) else state
-    columns = [leaves_with_path(fields[name])[0] for name in MEASURED]
+    columns = [leaves_with_path(fields[field])[0] for field in MEASURED.values()]
     return {
         path_name((*path, name)): _sharding.replicate(jnp.array(value))
         for row in zip(*columns, strict=True)

@@ -1,8 +1,7 @@
 """Where the arrays of the bound lie on the devices of a mesh.
 
 On explicit axes, JAX wants to be told how each result is sharded. The bound's arrays have some of a
-leaf's axes, and lie on the devices as these do. On automatic axes the compiler decides; all that it
-is told is that moments lie as their params.
+leaf's axes, and lie on the devices as these do. On automatic axes the compiler decides.
 """
 
 from collections.abc import Sequence
@@ -14,8 +13,6 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from weyl_optax import _shards
 
 
 def of_axes(a: Any, axes: Sequence[int | None]) -> NamedSharding | None:
@@ -32,11 +29,22 @@ def of_axes(a: Any, axes: Sequence[int | None]) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, P(*spec))
 
 
-def zeros(a: Any, shape: Sequence[int], dtype: Any, summed: _shards.Names) -> jax.Array:
-    """Zeros that vary over the manual axes of a `shard_map` as a sum of `a` over some of them."""
-    if isinstance(a, Tracer):
-        return _shards.total(lax.full_like(a, 0, dtype, shape), summed)
-    return jnp.zeros(shape, dtype)
+def zeros_of(types: Sequence[Any], leaves: Sequence[jax.Array]) -> Any:
+    """Zeros of the types that `jax.eval_shape` gives for each leaf, laid as these say."""
+
+    def zeros(a: jax.Array, type_: Any) -> jax.Array:
+        explicit = None if of_axes(a, []) is None else type_.sharding
+        return vary_as(a, jnp.zeros(type_.shape, type_.dtype, out_sharding=explicit))
+
+    return [
+        jax.tree.map(lambda x, a=a: zeros(a, x), of_leaf)
+        for of_leaf, a in zip(types, leaves, strict=True)
+    ]
+
+
+def vary_as(a: Any, x: jax.Array) -> jax.Array:
+    """`x`, varying over the manual axes of a `shard_map` as `a` does."""
+    return x + lax.full_like(a, 0, x.dtype, ()) if isinstance(a, Tracer) else x
 
 
 def reshard_as(a: Any, x: jax.Array, axes: Sequence[int | None]) -> jax.Array:
@@ -50,33 +58,6 @@ def reshard_as(a: Any, x: jax.Array, axes: Sequence[int | None]) -> jax.Array:
     return jax.device_put(x, NamedSharding(a.sharding.mesh, sharding.spec))
 
 
-def merge_axes(x: jax.Array, num_axes: int) -> jax.Array:
-    """The first axes of `x` as one. The first of them may be sharded, the others are gathered."""
-    shape = (-1, *x.shape[num_axes:])
-    sharding = of_axes(x, [0, *[None] * (x.ndim - 1)])
-    if sharding is None:
-        return x.reshape(shape)
-    merged = of_axes(x, [0, *[None] * (x.ndim - num_axes)])
-    return jnp.reshape(jax.sharding.reshard(x, sharding), shape, out_sharding=merged)
-
-
 def replicate(x: jax.Array) -> jax.Array:
     """`x` on every device."""
     return reshard_as(x, x, [None] * x.ndim)
-
-
-def shard_alike(tree: Any, other: Any) -> Any:
-    """A tree like another, each leaf divided as the compiler divides that of the other.
-
-    It divides alike what an operation takes and what it gives: here a choice between the two, whose
-    outcome the compiler does not know. (JAX's own `shard_alike` numbers its pairs anew each time,
-    so that no cache of compiled programs finds one again.)
-    """
-
-    def alike(x: Any, y: Any) -> Any:
-        if not isinstance(y, Tracer):
-            return x
-        never = lax.optimization_barrier(jnp.zeros([], bool))
-        return jnp.where(never, y.astype(x.dtype), x)
-
-    return jax.tree.map(alike, tree, other)

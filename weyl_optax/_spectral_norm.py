@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from weyl_optax import _block_iteration
+from weyl_optax import _orthogonal_iteration as iteration
 from weyl_optax._arguments import check_at_least
 from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
 
@@ -51,6 +51,6 @@ def spectral_norm(
     check_at_least("num_iters", num_iters, 1)
     leaves = BoundedLeaves(tree, weight_dimension_numbers)
     matrices = [jnp.asarray(x) for x in leaves.of(tree)]
-    blocks = _block_iteration.new_blocks(matrices, leaves.specs, _block_iteration.WEIGHT_SEED)
-    norms, _ = _block_iteration.spectral_norms(leaves.specs, matrices, blocks, num_iters)
-    return leaves.put(norms)
+    blocks = [iteration.new_block(a, spec) for a, spec in zip(matrices, leaves.specs, strict=True)]
+    found = iteration.search(matrices, leaves.specs, blocks, num_iters)
+    return leaves.put([x.sigma for x in found])

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax import _shards
 from weyl_optax._arguments import check_in
-from weyl_optax._block_iteration import compute_dtype
 from weyl_optax._dimension_numbers import MatrixSpec, WeightDimNumOrFn, axes_of
 from weyl_optax._granularity import by_unit, map_entries
+from weyl_optax._orthogonal_iteration import compute_dtype
 
 Per = Literal["unit", "matrix"]
 
@@ -48,7 +47,7 @@ def inner(x: jax.Array, y: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The real inner product of the vectors, shape (*batch), in float32 at least."""
     x, y = (a.astype(compute_dtype(a)) for a in (x, y))
     product = jnp.real(jnp.conj(x) * y)
-    return _shards.total(jnp.sum(product, axis=spec.matrix_axes), spec.names(spec.matrix_axes))
+    return jnp.sum(product, axis=spec.matrix_axes)
 
 
 def length(x: jax.Array, spec: MatrixSpec) -> jax.Array:

@@ -51,7 +51,7 @@ def test_learning_rate_schedule_and_tau_schedule_are_evaluated_at_each_step():
     for count in range(3):
         _, state = solver.update(updates, state, params)
         expected = tau(count) * 2 / (rate(count) * 4)
-        np.testing.assert_allclose(state.scale["w"], expected, rtol=1e-6)
+        np.testing.assert_allclose(state.bound_scale["w"], expected, rtol=1e-6)
 
 
 def test_a_learning_rate_of_zero_leaves_the_update():
@@ -165,8 +165,9 @@ def test_a_step_that_is_not_finite_is_seen_and_then_forgotten(bad, at):
         _, state = solver.update(good, state, params)
     kept = state.update_block["w"][1]
     bounded, state = solver.update(broken, state, params)
-    assert not np.isfinite(bounded["w"][1]).any()
-    assert not np.isfinite(bounded["b"]).all()
+    # What is not finite stays so, and its matrix takes no step.
+    for found, step in ((bounded["w"][1], broken["w"][1]), (bounded["b"], broken["b"])):
+        np.testing.assert_array_equal(found, np.where(np.isfinite(step), 0, np.nan))
     assert np.isfinite(bounded["w"][0]).all()  # another matrix of the same leaf
     for block in jax.tree.leaves((state.weight_block, state.update_block)):
         assert np.isfinite(block).all()
@@ -186,7 +187,7 @@ def test_norms_neither_overflow_nor_underflow(size):
     np.testing.assert_allclose(state.sigma_weight["w"] / size, exact(w), rtol=1e-5)
     np.testing.assert_allclose(state.sigma_update["w"] / size, exact(u), rtol=1e-5)
     np.testing.assert_allclose(state.sigma_weight["b"] / size, np.sqrt(50), rtol=1e-5)
-    np.testing.assert_allclose(state.scale["w"], 0.01 * exact(w) / exact(u), rtol=1e-5)
+    np.testing.assert_allclose(state.bound_scale["w"], 0.01 * exact(w) / exact(u), rtol=1e-5)
 
 
 def signs(seed, shape):
@@ -197,19 +198,17 @@ def signs(seed, shape):
 
 
 @pytest.mark.parametrize("later", [0, 1, 3])
-def test_an_update_met_for_the_first_time_is_searched_from_its_own_rows(later):
-    """However late: a gradient may be zero in the first steps.
-
-    From a random block, one iteration finds a norm 4 to 10 % too low.
-    """
+def test_an_update_met_for_the_first_time(later):
+    """The first update is searched to the end; one that was zero then is 4 to 10 % too low once."""
     u = jnp.asarray(signs(0, (120, 100)), jnp.float32)
     params = {"a": jnp.eye(120, 100), "b": jnp.ones((120, 100))}
     solver = scale_by_weyl_bound(0.01)
     state = solver.init(params)
     for _ in range(later):
         _, state = solver.update({"a": 0 * u, "b": u}, state, params)
-    _, state = solver.update({"a": u, "b": u}, state, params)
-    np.testing.assert_allclose(state.sigma_update["a"], exact(u), rtol=1.5e-2)
+    for tolerance in (0.1 if later else 1e-5, 1.5e-2, 1e-3):
+        _, state = solver.update({"a": u, "b": u}, state, params)
+        np.testing.assert_allclose(state.sigma_update["a"], exact(u), rtol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -309,4 +308,4 @@ def test_none_leaves_a_leaf_unbounded():
     bounded, state = solver.update(params, solver.init(params), params)
     np.testing.assert_allclose(bounded["w"], 0.1 * np.eye(3), rtol=1e-6)
     np.testing.assert_array_equal(bounded["v"], np.eye(3))
-    assert state.scale["v"] is None
+    assert state.bound_scale["v"] is None

@@ -275,7 +275,7 @@ def test_scalars_vectors_zero_sizes_and_integers():
     np.testing.assert_allclose(updates["row"], 0.5 * np.ones((1, 6)), rtol=1e-6)
     np.testing.assert_array_equal(updates["zero"], np.zeros((6, 5)))
     assert updates["empty"].shape == (0, 4)
-    assert state.scale["empty"] is None
+    assert state.bound_scale["empty"] is None
     # Exact without a block.
     assert [state.weight_block[name] for name in ("vector", "scalar", "row")] == [None] * 3
 

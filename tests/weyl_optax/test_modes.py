@@ -95,7 +95,7 @@ def test_python_numbers_are_scalars():
     solver = scale_by_weyl_bound(0.01)
     updates, state = solver.update({"temperature": 5.0, "steps": 0}, solver.init(params), params)
     np.testing.assert_allclose(updates["temperature"], 0.01 * 2.0, rtol=1e-6)
-    assert state.scale["steps"] is None
+    assert state.bound_scale["steps"] is None
 
 
 def test_hyperparameters_of_a_low_precision():

@@ -21,7 +21,8 @@ from weyl_optax import WeylBoundState, adamw2, bound_metrics, scale_by_weyl_boun
 from weyl_optax.flax import dimension_numbers
 
 FIELDS = (
-    "weight_block", "update_block", "sigma_initial", "sigma_weight", "sigma_update", "scale",
+    "weight_block", "update_block", "sigma_initial", "sigma_weight", "sigma_update",
+    "bound_scale",
 )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def test_every_field_has_the_structure_of_the_params(name):
     assert jax.tree.structure(updates) == jax.tree.structure(params)
     for before, after in zip(state, new, strict=True):
         assert jax.tree.structure(before) == jax.tree.structure(after)
-    for field in ("sigma_weight", "sigma_update", "scale"):
+    for field in ("sigma_weight", "sigma_update", "bound_scale"):
         assert jax.tree.structure(getattr(new, field)) == jax.tree.structure(params)
     none = lambda x: x is None  # noqa: E731
     blocks = jax.tree.structure(new.weight_block, is_leaf=none)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._block_iteration import zero_norms
 from weyl_optax._bound import is_placeholder
 from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
+from weyl_optax._orthogonal_iteration import zero_norms
 from weyl_optax._vectors import Per, length, tangent, times, weight_vectors
 
 
@@ -22,7 +22,6 @@ def keep_norm(
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     *,
     per: Per = "unit",
-    partition_specs: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keep the norm of every unit's weights, or of every matrix, at what it began with.
 
@@ -44,8 +43,6 @@ def keep_norm(
             keep their norms where it is read as ``MuonDimensionNumbers(1, 0)``.
         per: ``"unit"`` for the 2-norm of the incoming weights of every output unit,
             ``"matrix"`` for the Frobenius norm.
-        partition_specs: How the params are divided, inside of a :func:`jax.shard_map`; see
-            :func:`weyl_optax.scale_by_weyl_bound`.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the params, and
@@ -79,8 +76,8 @@ def keep_norm(
     def init_fn(params: optax.Params) -> KeepNormState:
         if is_placeholder(params):
             return KeepNormState(norm=0)
-        leaves = BoundedLeaves(params, vectors, partition_specs=partition_specs)
-        zeros = zero_norms(leaves.of(params), leaves.specs)
+        leaves = BoundedLeaves(params, vectors)
+        zeros = list(map(zero_norms, leaves.of(params), leaves.specs))
         return KeepNormState(norm=leaves.put([norm - 1 for norm in zeros]))
 
     def update_fn(
@@ -92,7 +89,7 @@ def keep_norm(
         del extra_args
         if params is None:
             raise ValueError("keep_norm needs the params: call update(updates, state, params).")
-        leaves = BoundedLeaves(params, vectors, updates, partition_specs)
+        leaves = BoundedLeaves(params, vectors, updates)
         weights = [jnp.asarray(w) for w in leaves.of(params)]
         norms = [
             jnp.where(norm < 0, length(w, spec), norm)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from weyl_optax._arguments import check_at_least
-from weyl_optax._block_iteration import compute_dtype, zero_norms
 from weyl_optax._bound import is_placeholder
 from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
+from weyl_optax._orthogonal_iteration import compute_dtype, zero_norms
 from weyl_optax._vectors import inner, times
 
 
@@ -86,9 +86,9 @@ def scale_by_noise_share(
         floats = leaves.of(params)
         return NoiseShareState(
             inner_state=optimizer.init(params),
-            num_finite=leaves.put(zero_norms(floats, leaves.specs)),
+            num_finite=leaves.put(list(map(zero_norms, floats, leaves.specs))),
             mean=leaves.put([jnp.zeros_like(x, compute_dtype(x)) for x in floats]),
-            mean_square=leaves.put(zero_norms(floats, leaves.specs)),
+            mean_square=leaves.put(list(map(zero_norms, floats, leaves.specs))),
         )
 
     def update_fn(

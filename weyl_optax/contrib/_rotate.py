@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from weyl_optax._arguments import check_at_least, value_at
-from weyl_optax._block_iteration import zero_norms
 from weyl_optax._bound import is_placeholder
 from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
+from weyl_optax._orthogonal_iteration import zero_norms
 from weyl_optax._vectors import Per, inner, length, tangent, times, weight_vectors
 from weyl_optax.contrib._keep_norm import keep_norm
 
@@ -28,7 +28,6 @@ def rotate(
     *,
     per: Per = "unit",
     decay: jax.typing.ArrayLike = 0.9,
-    partition_specs: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turn the weights of every unit by a given angle, on average, and keep their norms.
 
@@ -52,7 +51,6 @@ def rotate(
             Leaves without a matrix keep the update that they are given.
         per: ``"unit"`` or ``"matrix"``, see :func:`keep_norm`.
         decay: Rate of the exponential moving average, with bias correction.
-        partition_specs: How the params are divided, inside of a :func:`jax.shard_map`.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the params.
@@ -81,10 +79,8 @@ def rotate(
     .. seealso:: :func:`keep_norm`, :func:`lion_ar`
     """
     return optax.chain(
-        _scale_by_angle(
-            angle, weight_vectors(weight_dimension_numbers, per), decay, partition_specs
-        ),
-        keep_norm(weight_dimension_numbers, per=per, partition_specs=partition_specs),
+        _scale_by_angle(angle, weight_vectors(weight_dimension_numbers, per), decay),
+        keep_norm(weight_dimension_numbers, per=per),
     )
 
 
@@ -92,7 +88,6 @@ def _scale_by_angle(
     angle: optax.ScalarOrSchedule,
     vectors: WeightDimNumOrFn,
     decay: jax.typing.ArrayLike,
-    partition_specs: Any | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale every vector's update to `angle` times the norm of the vector, on average."""
     check_at_least("angle", angle, 0)
@@ -101,9 +96,11 @@ def _scale_by_angle(
     def init_fn(params: optax.Params) -> ScaleByAngleState:
         if is_placeholder(params):
             return ScaleByAngleState(0, 0, 0)  # type: ignore
-        leaves = BoundedLeaves(params, vectors, partition_specs=partition_specs)
+        leaves = BoundedLeaves(params, vectors)
         # Buffers of their own: a jitted step may donate the state.
-        zeros = (leaves.put(zero_norms(leaves.of(params), leaves.specs)) for _ in range(2))
+        zeros = (
+            leaves.put(list(map(zero_norms, leaves.of(params), leaves.specs))) for _ in range(2)
+        )
         return ScaleByAngleState(jnp.zeros([], jnp.int32), *zeros)
 
     def update_fn(
@@ -115,7 +112,7 @@ def _scale_by_angle(
         del extra_args
         if params is None:
             raise ValueError("rotate needs the params: call update(updates, state, params).")
-        leaves = BoundedLeaves(params, vectors, updates, partition_specs)
+        leaves = BoundedLeaves(params, vectors, updates)
         eta = value_at(angle, state.count)
         scaled, counts, means = [], [], []
         for u, w, count, mean, spec in zip(

@@ -9,8 +9,8 @@ from jax import lax
 
 from weyl_optax import _sharding
 from weyl_optax._arguments import check_above
-from weyl_optax._block_iteration import compute_dtype, scaled_to_one
 from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
+from weyl_optax._orthogonal_iteration import compute_dtype, scaled_to_one
 from weyl_optax._vectors import only_matrices
 
 # Above it the cubic takes what rounding has put above 1 to less than `least`.

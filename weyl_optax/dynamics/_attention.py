@@ -5,7 +5,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
-from weyl_optax._lapack import singular_values
+from weyl_optax._small_problems import singular_values
 
 
 class CollapseMode(enum.IntEnum):

@@ -10,7 +10,7 @@ from jax import lax
 
 from weyl_optax import _sharding
 from weyl_optax._arguments import check_at_least
-from weyl_optax._block_iteration import compute_dtype
+from weyl_optax._orthogonal_iteration import compute_dtype
 
 
 def sharpness(

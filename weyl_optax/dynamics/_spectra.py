@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from weyl_optax import _sharding
-from weyl_optax._block_iteration import compute_dtype, scaled_to_one
-from weyl_optax._lapack import singular_values, triangular_factor
+from weyl_optax._orthogonal_iteration import compute_dtype, scaled_to_one
+from weyl_optax._small_problems import singular_values, triangular_factor
 from weyl_optax._spectral_norm import spectral_norm
 
 

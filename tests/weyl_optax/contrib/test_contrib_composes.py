@@ -1,6 +1,5 @@
 """The state of the sister papers' optimizers goes wherever an optimizer's state goes."""
 
-import functools
 import pickle
 
 import jax
@@ -138,26 +137,3 @@ def test_multi_steps_masked_and_updates_that_are_none(solver):
     masked = optax.masked(solver, {"stack": True, "query": True, "bias": False})
     found, _ = train(masked, params, GRADS[:1])
     np.testing.assert_allclose(found["bias"], params["bias"] + GRADS[0]["bias"], rtol=1e-6)
-
-
-@pytest.mark.parametrize("make", [contrib.keep_norm, functools.partial(contrib.rotate, 0.1)])
-@pytest.mark.parametrize("per", ["unit", "matrix"])
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_spheres_inside_of_a_shard_map(make, per, axis):
-    """Whole norms of divided weights, as on one device."""
-    params, grads = arrays(0)["stack"], GRADS[0]["stack"]
-    numbers = NUMBERS["stack"]
-    spec = P(*[None] * axis, "x")
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
-    solver = make(numbers, per=per, partition_specs=spec)
-
-    def step(w, u):
-        updates, _ = solver.update(u, solver.init(w), w)
-        return updates
-
-    found = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(spec, spec), out_specs=spec))(
-        params, grads
-    )
-    alone = make(numbers, per=per)
-    expected, _ = alone.update(grads, alone.init(params), params)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)

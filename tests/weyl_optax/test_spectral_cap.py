@@ -1,0 +1,160 @@
+"""The cap on the leading singular values of an update."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from optax.contrib import MuonDimensionNumbers
+
+from weyl_optax import adamw2, scale_by_weyl_bound, spectral_cap
+
+RANK = 8
+
+
+def with_values(seed, shape, values):
+    """A matrix with these singular values."""
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.normal(size=(side, len(values))))[0] for side in shape)
+    return jnp.asarray(u * values @ v.T, jnp.float32)
+
+
+def capped(u, rank=RANK):
+    """By an exact SVD in float64."""
+    left, sigma, right = np.linalg.svd(np.float64(u), full_matrices=False)
+    return left * np.minimum(sigma, sigma[..., rank - 1 : rank])[..., None, :] @ right
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_equals_the_exact_cap(shape, size):
+    u = with_values(0, shape, np.geomspace(50, 1, 40))
+    solver = spectral_cap(RANK)
+    state = solver.init({"w": u})
+    update = jax.jit(solver.update)
+    for _ in range(3):
+        found, state = update({"w": size * u}, state)
+        np.testing.assert_allclose(found["w"] / size, capped(u), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "output"),
+    [((1,), (2, 3)), ((1, 2), (3,)), ((0,), (2,)), ((2, 3), (1,)), ((0, 1, 2), (3,))],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+def test_of_every_reading_and_dtype(reduction, output, dtype):
+    rng = np.random.default_rng(0)
+    u = rng.normal(size=(20, 20, 20, 20)) * np.geomspace(1, 10, 20)
+    if dtype == jnp.complex64:
+        u = u + 1j * rng.normal(size=u.shape)
+    u = jnp.asarray(u, dtype)
+    solver = spectral_cap(2, MuonDimensionNumbers(reduction, output))
+    found, _ = jax.jit(solver.update)(u, solver.init(u))
+    assert found.dtype == dtype
+    u, found = (
+        reference.as_matrices(np.asarray(x.astype(jnp.complex64), np.complex128), reduction, output)
+        for x in (u, found)
+    )
+    tolerance = 0.02 if dtype == jnp.bfloat16 else 2e-3
+    before = np.linalg.svd(u, compute_uv=False)
+    after = np.linalg.svd(found, compute_uv=False)
+    wanted = np.sort(np.minimum(before, before[..., 1:2]), -1)[..., ::-1]
+    np.testing.assert_allclose(after, wanted, atol=tolerance * before.max())
+
+
+def test_a_drifting_update_is_capped_by_one_iteration_a_step():
+    u = np.asarray(with_values(0, (60, 40), np.geomspace(50, 1, 40)))
+    rng = np.random.default_rng(1)
+    solver = spectral_cap(RANK)
+    state = solver.init({"w": jnp.asarray(u)})
+    for _ in range(20):
+        u = u + 0.05 * rng.normal(size=u.shape)
+        found, state = solver.update({"w": jnp.asarray(u, jnp.float32)}, state)
+        level = np.linalg.svd(u, compute_uv=False)[RANK - 1]
+        assert np.linalg.norm(np.float64(found["w"]), 2) < 1.01 * level
+
+
+def test_what_is_left_as_it_is():
+    updates = {"vector": jnp.ones(40), "short": jnp.ones((16, 40)), "out": jnp.ones((40, 40))}
+    solver = spectral_cap(RANK, {"vector": None, "short": MuonDimensionNumbers(0, 1), "out": None})
+    found, state = solver.update(updates, solver.init(updates))
+    for name, u in updates.items():
+        np.testing.assert_array_equal(found[name], u)
+    assert jax.tree.leaves(state.cap_block) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_low_rank_is_lowered_a_hundredfold_at_most(rank):
+    u = with_values(0, (60, 40), np.geomspace(50, 10, rank)) if rank else jnp.zeros((60, 40))
+    solver = spectral_cap(RANK)
+    found, _ = solver.update({"w": u}, solver.init({"w": u}))
+    np.testing.assert_allclose(found["w"], capped(u, 1) * (0.5 / 50 if rank == 1 else 1), atol=50)
+    largest = np.linalg.norm(np.float64(found["w"]), 2)
+    np.testing.assert_allclose(largest, 0.5 if rank else 0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_passes_and_is_forgotten(bad):
+    good = jnp.stack([with_values(i, (60, 40), np.geomspace(50, 1, 40)) for i in range(2)])
+    numbers = MuonDimensionNumbers(1, 2)
+    solver = spectral_cap(RANK, numbers)
+    state = solver.init(good)
+    _, state = solver.update(good, state)
+    broken = good.at[1, 3, 4].set(bad)
+    found, after = solver.update(broken, state)
+    np.testing.assert_array_equal(found[1], broken[1])
+    np.testing.assert_allclose(found[0], capped(good[0]), atol=2e-4)
+    np.testing.assert_array_equal(after.cap_block[1], state.cap_block[1])
+    found, _ = solver.update(good, after)
+    np.testing.assert_allclose(found, capped(good), atol=2e-4)
+
+
+def test_before_the_bound_a_few_directions_no_longer_set_the_step():
+    u = {"w": with_values(0, (60, 40), np.r_[np.full(2, 100.0), np.full(38, 1.0)])}
+    params = {"w": 0.02 * jnp.ones((60, 40))}
+    steps = []
+    for cap in (optax.identity(), spectral_cap(RANK)):
+        solver = optax.chain(cap, scale_by_weyl_bound(0.01))
+        found, _ = solver.update(u, solver.init(params), params)
+        steps.append(np.linalg.svd(np.float64(found["w"]), compute_uv=False))
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=5e-3)  # as much as the bound allows
+    assert steps[1][-1] > 90 * steps[0][-1]
+
+
+def test_adamw2_takes_a_rank_and_a_mask():
+    params = {"w": jnp.ones((40, 30)), "embedding": jnp.ones((40, 30)), "b": jnp.ones(30)}
+    mask = {"w": True, "embedding": False, "b": False}
+    solver = adamw2(0.1, cap_rank=4, cap_mask=mask)
+    state = solver.init(params)
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    _, state = jax.jit(solver.update)(grads, state, params)
+    (block,) = jax.tree.leaves(optax.tree.get(state, "cap_block"))
+    assert block.shape == (40, 12) or block.shape == (12, 30)
+    plain = adamw2(0.1)
+    adam, _ = plain.update(grads, plain.init(params), params)
+    found, _ = solver.update(grads, solver.init(params), params)
+    np.testing.assert_array_equal(found["embedding"], adam["embedding"])
+
+
+def test_under_inject_hyperparams():
+    params = {"w": jnp.ones((40, 30))}
+    make = optax.inject_hyperparams(adamw2, static_args=("cap_rank",))
+    solver = make(0.1, cap_rank=4)
+    solver.update(params, solver.init(params), params)
+    with pytest.raises(ValueError, match="rank must be a Python int of at least 1"):
+        optax.inject_hyperparams(adamw2)(0.1, cap_rank=4).init(params)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.5, None])
+def test_a_wrong_rank(rank):
+    with pytest.raises(ValueError, match="rank must be a Python int of at least 1"):
+        spectral_cap(rank)
+
+
+def test_a_derivative_is_an_error_and_not_a_wrong_number():
+    u = with_values(0, (60, 40), np.geomspace(50, 1, 40))
+    solver = spectral_cap(RANK)
+    state = solver.init(u)
+    with pytest.raises(NotImplementedError, match="A spectral cap has no derivative"):
+        jax.grad(lambda u: jnp.sum(solver.update(u, state)[0]))(u)

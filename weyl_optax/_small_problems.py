@@ -1,0 +1,64 @@
+"""Decompositions of many small matrices, and the one workaround that they need.
+
+On a CPU, jaxlib (0.8 to 0.10, `ParallelBatchMap` of its LAPACK kernels) spreads a batch that is
+worth it over XLA's thread pool, and waits for the parts in one of the pool's own threads. With
+few threads, two batches in one program (two groups of an `optax.partition`, say) can then wait
+for each other forever. https://github.com/jax-ml/jax/issues/39292 is about the same code.
+So a CPU is given one matrix at a time.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from weyl_optax import _sharding
+
+
+def together(fn: Callable[[jax.Array], Any], matrices: Sequence[jax.Array]) -> list[Any]:
+    """`fn`, which takes (..., m, n) and gives arrays (..., *), of some arrays (*batch, m, n).
+
+    A CPU takes one matrix after the other; any other device takes all of one kind at once, stacked
+    behind the batch axes, which stay where they are.
+    """
+
+    def one_by_one(matrices: Sequence[jax.Array]) -> list[Any]:
+        return [fn(x) if x.ndim == 2 else _mapped(fn, x) for x in matrices]
+
+    def at_once(matrices: Sequence[jax.Array]) -> list[Any]:
+        kinds: dict[Hashable, list[int]] = {}
+        for i, x in enumerate(matrices):
+            kinds.setdefault(jax.typeof(x), []).append(i)
+        results: list[Any] = [None] * len(matrices)
+        for places in kinds.values():
+            axis = matrices[places[0]].ndim - 2
+            solved = fn(jnp.stack([matrices[i] for i in places], axis))
+            for place, i in enumerate(places):
+                results[i] = jax.tree.map(
+                    lambda y, place=place, axis=axis: lax.index_in_dim(y, place, axis, False),
+                    solved,
+                )
+        return results
+
+    # Behind a barrier: what devices sum up for all leaves is summed up at once.
+    matrices = lax.optimization_barrier(list(matrices))
+    return lax.platform_dependent(matrices, cpu=one_by_one, default=at_once)
+
+
+def _mapped(fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
+    results = lax.map(fn, x.reshape(-1, *x.shape[-2:]))
+    return jax.tree.map(lambda y: y.reshape(*x.shape[:-2], *y.shape[1:]), results)
+
+
+def singular_values(x: jax.Array) -> jax.Array:
+    """Of matrices (..., m, n), shape (..., min(m, n)), descending."""
+    (values,) = together(lambda a: jnp.linalg.svd(a, compute_uv=False), [_sharding.replicate(x)])
+    return values
+
+
+def triangular_factor(x: jax.Array) -> jax.Array:
+    """R of Q R = A, of matrices (..., m, n) with m at least n, shape (..., n, n)."""
+    (factor,) = together(lambda a: jnp.linalg.qr(a, mode="r"), [_sharding.replicate(x)])
+    return factor
