@@ -1,8 +1,21 @@
 """How the leaves of a parameter tree are read from the program that uses them.
 
-The jaxpr of a loss is interpreted with abstract values: each knows whether it depends on the
-inputs, of which leaves it is made, and which of their axes it holds in its own. Where a leaf meets
-the inputs, the dimension numbers of that operation tell its reduction, output and batch axes.
+A leaf is read by the product in which it meets the data, which is all that depends on the inputs.
+An axis that the product sums is reduced; an axis along which the data does not vary goes out; an
+axis that both have and that stays is a batch axis, and so is one that was scanned over or indexed.
+A leaf without a reduction or an output is a vector of all its axes: a bias, a gain. On its way, a
+leaf stays itself under layout and arithmetic. A product with a constant gives its axes the names of
+those that it sums; so does one with other weights, but an axis that those have summed is only a
+side of the matrix if the leaf has no axis of its own there, as in LoRA, and else a batch axis, as
+in a mixture. Rows that the data picks, by an index or by shares as those of a softmax, are
+reduced along the picked axis, unless what comes out is a matrix that multiplies the data in turn:
+then it was an axis of experts. Entries that meet the data one by one are followed too, since a
+masked weight still multiplies: they make a vector where no product follows. What counts first is a
+product, then one of a recombined leaf, then entries, last statistics; so no penalty undoes a
+reading. An axis of size 1 belongs to nothing. Leaves of rank 0 and 1 have one reading.
+
+The jaxpr of the loss is interpreted with abstract values that know which axes of which leaves they
+hold, and along which of their own axes the data varies.
 """
 
 import math
@@ -86,19 +99,27 @@ def dimension_numbers_from(
         for path, (_, array) in zip(paths, entries, strict=True)
         if _is_array(array) and jnp.issubdtype(array.dtype, jnp.inexact) and path not in numbers
     }
+    for path, leaf in list(leaves.items()):
+        if len(leaf.shape) < 2:  # a scalar or a vector, whatever the program does
+            numbers[path] = MuonDimensionNumbers((), tuple(range(len(leaf.shape))))
+            del leaves[path]
     operands = [
-        _Value(views=(_View.of(leaves[path]),)) if path in leaves else _Value()
+        _Value((_View.of(leaves[path]),) if path in leaves else (), is_weight=True)
         for path, (_, array) in zip(paths, entries, strict=True)
         if _is_array(array)
     ]
     jaxpr = _trace(fn, params, args, kwargs)
-    inputs = [_Value(is_input=True)] * (len(jaxpr.invars) - len(operands))
+    inputs = [_Value(data=_varying(shape)) for shape in _shapes(jaxpr.invars[len(operands) :])]
     interpreter = _Interpreter()
-    interpreter.run(jaxpr, operands + inputs)
+    for value in interpreter.run(jaxpr, operands + inputs):
+        for view in value.views:
+            if view.axes:
+                interpreter.activate(view)
+    uses = [use for use in interpreter.uses if use not in interpreter.superseded]
 
     problems = []
     for path, leaf in leaves.items():
-        numbers[path] = _agreed(leaf, [use for use in interpreter.uses if use.leaf == leaf])
+        numbers[path] = _agreed(leaf, [use for use in uses if use.leaf == leaf])
         if isinstance(numbers[path], str):
             problems.append(numbers[path])
     if problems:
@@ -148,9 +169,12 @@ class _View(NamedTuple):
 
     leaf: _Leaf
     axes: tuple[_Axis, ...]
-    batch: frozenset[int] = frozenset()  # axes of the leaf that were scanned over or indexed
-    looked_up: frozenset[int] = frozenset()  # axes of the leaf that arrays of indices select from
-    is_noted: bool = False  # it met an input already, and is followed for a product to come
+    batch: _Axes = frozenset()  # axes of the leaf that were scanned over or indexed
+    looked_up: _Axes = frozenset()  # that arrays of indices select from
+    mixed: _Axes = frozenset()  # that were summed, alone or with other weights
+    scaled: _Axes = frozenset()  # that the data multiplied, without varying along the others
+    by_shares: bool = False  # what multiplied them
+    use: "_Use | None" = None  # in which it met the data, or that cannot be followed
 
     @classmethod
     def of(cls, leaf: _Leaf) -> "_View":
@@ -182,12 +206,19 @@ class _View(NamedTuple):
         )
         return self._replace(axes=tuple(axes))
 
+    def broadcast(self, shape: Sequence[int]) -> "_View":
+        """With axes of size 1 repeated; a scalar is too."""
+        if not self.axes:
+            return self.resize(shape)
+        pairs = zip(self.axes, shape, strict=True)
+        return self.rearrange(a if _size(a) == size else _broadcast(size) for a, size in pairs)
 
-def _wide(leaf: _Leaf, axes: Iterable[int]) -> frozenset[int]:
+
+def _wide(leaf: _Leaf, axes: Iterable[int]) -> _Axes:
     return frozenset(axis for axis in axes if leaf.shape[axis] > 1)
 
 
-def _held(axes: Iterable[_Axis]) -> frozenset[int]:
+def _held(axes: Iterable[_Axis]) -> _Axes:
     """The axes of the leaf that some axes of a value run over."""
     return frozenset().union(*(piece.leaf_axes for axis in axes for piece in axis))
 
@@ -225,20 +256,53 @@ def _reshape(axes: Sequence[_Axis], shape: Sequence[int]) -> list[_Axis]:
     return reshaped
 
 
+_DATA = _Leaf("", (2,))  # as if the inputs were a leaf with one axis: values hold it or do not
+
+
+def _data(axes: Iterable[_Axis]) -> _View:
+    return _View(_DATA, tuple(_fuse([axis], _size(axis)) for axis in axes))
+
+
+def _varying(shape: Iterable[int]) -> _View:
+    """Data that varies along all axes."""
+    return _View(_DATA, tuple((_Piece(frozenset([0]), size),) for size in shape))
+
+
 class _Value(NamedTuple):
-    is_input: bool = False  # it depends on the inputs, and not on params and constants alone
-    views: tuple[_View, ...] = ()  # the leaves it is made of, if they met no input yet
+    views: tuple[_View, ...] = ()  # the leaves it is made of, if no product with the data has come
+    data: _View | None = None  # along which axes it varies with the inputs, if it does
+    is_weight: bool = False  # it depends on params
+    is_share: bool = False  # it is data in [0, 1], or sums and products of that: what mixes
 
     def map(self, fn: Callable[[_View], _View]) -> "_Value":
-        return self._replace(views=_unique(map(fn, self.views)))
+        data = self.data and _data(fn(self.data).axes)
+        return self._replace(views=_unique(map(fn, self.views)), data=data)
 
     def resize(self, shape: Sequence[int]) -> "_Value":
         return self.map(lambda view: view.resize(shape))
 
 
 def _join(*values: _Value) -> _Value:
+    """What is one of them, or made of all of them elementwise."""
     views = _unique(view for value in values for view in value.views)
-    return _Value(any(value.is_input for value in values), views)
+    data = [value.data.axes for value in values if value.data]
+    joined = _data(map(_overlay, *data)) if data else None
+    are_shares = all(value.is_share for value in values if value.data)
+    is_weight = any(value.is_weight for value in values)
+    return _Value(views, joined, is_weight, bool(data) and are_shares)
+
+
+def _number(shape: tuple[int, ...], value: _Value) -> _Value:
+    """What cannot be followed is a statistic, as a norm, when it has come to one number."""
+    if math.prod(shape) > 1:
+        return value
+    axes = tuple(map(_broadcast, shape))
+    views = (_View(v.leaf, axes) if v.use and v.use.problem else v for v in value.views)
+    return value._replace(views=_unique(views))
+
+
+def _overlay(*axes: _Axis) -> _Axis:
+    return _fuse(axes, _size(axes[0]))
 
 
 def _unique(views: Iterable[_View]) -> tuple[_View, ...]:
@@ -251,18 +315,27 @@ def _unique(views: Iterable[_View]) -> tuple[_View, ...]:
 _IDENTITIES = frozenset(
     "convert_element_type copy copy_p device_put layout_constraint mesh_cast name "
     "optimization_barrier pvary reduce_precision reshard rev sharding_constraint "
-    "stop_gradient".split()
+    "sort stop_gradient".split()
 )
-# The operands have the axes of the output. Scalars are broadcast.
-_ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex "
-    "concatenate conj cos cosh cumlogsumexp cummax cummin cumprod cumsum digamma div "
-    "dynamic_update_slice eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow "
-    "is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pad pow real "
-    "rem round rsqrt scatter scatter-add select_n sign sin sinh sqrt square sub tan tanh "
-    "xor".split()
+# One output for one operand, with axes that may be shorter or longer.
+_RESIZINGS = frozenset("all_gather fft reduce_window_max reduce_window_sum slice split".split())
+# The operands have the axes of the output, in another size where they are put side by side.
+_CONCATENATIONS = frozenset("concatenate dynamic_update_slice pad scatter scatter-add".split())
+# Linear in each operand, or in what it divides.
+_LINEAR = _CONCATENATIONS | frozenset(
+    "add add_any conj cumsum div imag mul neg real select_n stack sub".split()
 )
-# Of weights alone they are statistics, such as the norm in weight normalization.
+# Scalars and axes of size 1 are broadcast.
+_ELEMENTWISE = _LINEAR | frozenset(
+    "abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp complex "
+    "cos cosh cumlogsumexp cummax cummin cumprod digamma "
+    "eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow "
+    "is_finite le lgamma log log1p logistic lt max min ne nextafter not or pow "
+    "rem round rsqrt sign sin sinh sqrt square tan tanh xor".split()
+)
+# Data becomes shares in the first, and stays them in the second, if all data in it is.
+_MAKE_SHARES = frozenset("eq exp exp2 ge gt le logistic lt ne".split())
+_KEEP_SHARES = frozenset("add div max mul reduce_max reduce_sum select_n".split())
 _REDUCTIONS = frozenset(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum "
     "reduce_xor".split()
@@ -291,7 +364,7 @@ def _layouts(eqn: JaxprEqn, view: _View) -> list[_View] | None:
         case "tile":
             repeated = zip(params["reps"], axes, strict=True)
             return [view.rearrange((*_broadcast(n), *axis) for n, axis in repeated)]
-        case "slice" | "split" | "all_gather" if len(axes) == len(shapes[0]):
+        case name if name in _RESIZINGS and len(axes) == len(shapes[0]):
             return [view.resize(shape) for shape in shapes]
         case "unstack":
             return [view.drop(params["axis"]) for _ in shapes]
@@ -318,6 +391,7 @@ class _Interpreter:
 
     def __init__(self):
         self.uses: list[_Use] = []
+        self.superseded: set[_Use] = set()  # lookups of experts
         self.eqns: list[JaxprEqn] = []  # the equation that is applied, and before it its callers
 
     def run(self, jaxpr: Jaxpr, operands: Sequence[_Value]) -> list[_Value]:
@@ -329,7 +403,8 @@ class _Interpreter:
 
         for eqn in jaxpr.eqns:
             self.eqns.append(eqn)
-            values.update(zip(eqn.outvars, self.apply(eqn, read(eqn.invars)), strict=True))
+            outputs = map(_number, _shapes(eqn.outvars), self.apply(eqn, read(eqn.invars)))
+            values.update(zip(eqn.outvars, outputs, strict=True))
             self.eqns.pop()
         return read(jaxpr.outvars)
 
@@ -343,43 +418,52 @@ class _Interpreter:
         if name == "cond":
             index, *rest = operands
             results = [self.run(branch.jaxpr, rest) for branch in params["branches"]]
-            return [_join(_Value(index.is_input), *each) for each in zip(*results, strict=True)]
+            joined = [_join(*each) for each in zip(*results, strict=True)]
+            if index.data:
+                shapes = _shapes(eqn.outvars)
+                joined = [v._replace(data=_varying(s)) for v, s in zip(joined, shapes, strict=True)]
+            return joined
         if body := _body(eqn):  # under shard_map, axes are shorter inside
             inside = list(map(_Value.resize, operands, _shapes(body.invars)))
             return list(map(_Value.resize, self.run(body, inside), _shapes(eqn.outvars)))
-
-        result = _Value(any(operand.is_input for operand in operands))
-        if name in _REDUCTIONS or not any(operand.views for operand in operands):
-            return [result] * len(eqn.outvars)
+        is_weight = any(operand.is_weight for operand in operands)
+        if name.startswith("random_"):  # a key is an input, but no data
+            return [_Value()] * len(eqn.outvars)
+        if not any(operand.views or operand.data for operand in operands):
+            return [_Value(is_weight=is_weight)] * len(eqn.outvars)
         if name in _IDENTITIES:
             return operands
         if name in _ELEMENTWISE:
             return [self.elementwise(eqn, operands)]
+        if name in _REDUCTIONS:
+            return [self.reduce(eqn, *operands)]
+
+        is_data = any(operand.data for operand in operands)
+        shapes = _shapes(eqn.outvars)
+        results = [_Value((), _varying(shape) if is_data else None, is_weight) for shape in shapes]
         operand, *others = operands
         match name:
             case "dot_general":
                 return [self.product(eqn, operands, *params["dimension_numbers"])]
             case "ragged_dot_general":
-                numbers = params["ragged_dot_dimension_numbers"]
-                contracted, (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
-                batch = (lhs_batch, (*rhs_batch, *numbers.rhs_group_dimensions))
-                return [self.product(eqn, operands[:2], contracted, batch)]
+                return [self.ragged_product(eqn, results[0], operands)]
             case "conv_general_dilated" if params["batch_group_count"] == 1:
-                return [self.convolution(eqn, *operands)]
+                return [self.convolution(eqn, results[0], *operands)]
             case "gather" if not others[0].views:
-                return [self.gather(eqn, *operands)]
+                return [self.gather(eqn, results[0], *operands)]
             case "dynamic_slice" if not any(other.views for other in others):
                 return [self.dynamic_slice(eqn, operand, others)]
-            case "stack":
-                axis, size = params["axis"], len(operands)
-                stacked = [v.map(lambda view: view.insert(axis, size)) for v in operands]
-                return [self.elementwise(eqn, stacked)]
-        views = [_layouts(eqn, view) for view in operand.views]
-        if others or None in views:
-            for view in _join(*operands).views:
-                self.unknown(view)
-            return [result] * len(eqn.outvars)
-        return [result._replace(views=_unique(output)) for output in zip(*views, strict=True)]
+        if not others:
+            laid_out = _layouts(eqn, _varying(_shapes(eqn.invars)[0]))
+            if laid_out is not None:
+                outputs = []
+                for i in range(len(shapes)):
+                    outputs.append(operand.map(lambda view, i=i: _layouts(eqn, view)[i]))
+                return outputs
+        return [
+            result._replace(views=self.unknown(operands, shape))
+            for result, shape in zip(results, shapes, strict=True)
+        ]
 
     def scan(self, params: Mapping[str, Any], operands: list[_Value]) -> list[_Value]:
         n_consts, n_carry = params["num_consts"], params["num_carry"]
@@ -409,74 +493,205 @@ class _Interpreter:
             carry = after
 
     def elementwise(self, eqn: JaxprEqn, operands: list[_Value]) -> _Value:
-        """Where a leaf meets an input, it is a vector. Where it meets weights, it is followed."""
-        (shape,), ranks = _shapes(eqn.outvars), list(map(len, _shapes(eqn.invars)))
-        # Inputs that scale a weight by a scalar, such as a loss scale, do not make it a vector.
-        inputs = {i for i, v in enumerate(operands) if v.is_input and (ranks[i] or not any(ranks))}
+        """Entries side by side. Where those of a leaf meet the data, it is followed if linear."""
+        name, (shape,), shapes = eqn.primitive.name, _shapes(eqn.outvars), _shapes(eqn.invars)
+        if name == "stack":
+            axis, size = eqn.params["axis"], len(operands)
+            operands = [v.map(lambda view: view.insert(axis, size)) for v in operands]
+            shapes = [shape] * size
+        lay_out = _View.resize if name in _CONCATENATIONS else _View.broadcast
+
+        def align(view: _View) -> _View:
+            if len(view.axes) in (0, len(shape)):
+                return lay_out(view, shape)
+            return _varying(shape) if view.leaf == _DATA else view  # the indices of a scatter
+
+        operands = [operand.map(align) for operand in operands]
+        scales = name in ("dot_general", "mul", "div")
+        if name == "select_n":
+            scales = not any(case.data for case in operands[1:])
         followed = []
         for i, operand in enumerate(operands):
+            others = _join(*operands[:i], *operands[i + 1 :])
             for view in operand.views:
-                if inputs - {i}:
-                    self.entries(view)
-                    # A matrix with a random mask, as of DropConnect, looks like this, until its
-                    # product: then it is used in two ways.
-                    if len(shape) > 1 and not view.is_noted and all(_held([a]) for a in view.axes):
-                        followed.append(view._replace(is_noted=True))
-                elif len(view.axes) in (0, len(shape)):
-                    followed.append(view.resize(shape))
-                else:
-                    self.unknown(view)
-        is_input = bool(inputs) or (not followed and any(v.is_input for v in operands))
-        return _Value(is_input, _unique(followed))
+                followed += self.meet(
+                    view, others, name in _LINEAR or name == "dot_general", scales
+                )
+        result = _join(*operands)
+        if result.data:  # constants vary too
+            rest = [_varying(s) for s, v in zip(shapes, operands, strict=True) if not v.data]
+            spread = _join(result, *(_Value(data=align(view)) for view in rest))
+            result = result._replace(data=spread.data)
+        result = result._replace(views=_unique(followed))
+        if name in _MAKE_SHARES or name not in _KEEP_SHARES:
+            result = result._replace(is_share=bool(result.data) and name in _MAKE_SHARES)
+        return result
+
+    def meet(self, view: _View, others: _Value, is_linear: bool, scales: bool) -> list[_View]:
+        """The entries of a leaf with others, of the same shape, and what is followed of them."""
+        if not is_linear and (view.scaled or (view.use and not view.use.problem)):
+            return []  # what is not linear in what has met the data is an activation
+        if view.use and not view.use.problem:
+            return [view]
+        if not others.data:
+            return [view]
+        use = self.entries(view, _ENTRIES)
+        held = _wide(view.leaf, _held(view.axes))
+        pairs = list(zip(view.axes, others.data.axes, strict=False))
+        if len(view.axes) != len(others.data.axes) or view.use or not held or not is_linear:
+            return []
+        varied = held & _held(axis for axis, data in pairs if _held([data]))
+        is_wider = any(_held([data]) and not _wide(view.leaf, _held([a])) for a, data in pairs)
+        if scales and not (varied == held and is_wider):  # by a mask, or along some axes alone
+            by_shares = others.is_share and (view.by_shares or not view.scaled)
+            scaled = view.scaled | (varied if varied < held else frozenset())
+            return [view._replace(scaled=scaled, by_shares=by_shares)]
+        is_scalar = not _held(others.data.axes)  # such as a loss scale
+        return [view if is_scalar else view._replace(use=use)]
+
+    def reduce(self, eqn: JaxprEqn, operand: _Value) -> _Value:
+        """Sums. Of entries that the data has scaled, they are a product with the data."""
+        axes, is_sum = eqn.params["axes"], eqn.primitive.name == "reduce_sum"
+        views = []
+        for view in operand.views:
+            kept = tuple(axis for i, axis in enumerate(view.axes) if i not in axes)
+            lost = _held(view.axes) - _held(kept)
+            rest = view._replace(axes=kept)
+            if view.use and not view.use.problem:
+                views += [rest] if is_sum else []
+            elif is_sum and view.scaled & lost:
+                output = _held(kept) - view.scaled
+                batch = view.scaled - lost
+                other = _Value(data=_varying(()), is_share=view.by_shares)
+                views += self.multiply(view, other, lost, batch, output, rest)
+            else:
+                views.append(rest._replace(mixed=view.mixed | lost))
+        data = operand.data and _data(a for i, a in enumerate(operand.data.axes) if i not in axes)
+        is_share = operand.is_share and eqn.primitive.name in _KEEP_SHARES
+        return _Value(_unique(views), data, operand.is_weight, is_share)
 
     def product(
         self, eqn: JaxprEqn, operands: list[_Value], contracted: _TwoSides, batch: _TwoSides
     ) -> _Value:
-        lhs, rhs = operands
-        if contracted[0]:
-            for side, operand, other in ((0, lhs, rhs), (1, rhs, lhs)):
-                rank = len(_shapes(eqn.invars)[1 - side])
-                is_row = rank == len(contracted[side]) + len(batch[side])
-                for view in operand.views:
-                    self.matrix(view, other, contracted[side], batch[side], is_row)
-            return _Value(lhs.is_input or rhs.is_input)
+        (shape,), ranks = _shapes(eqn.outvars), list(map(len, _shapes(eqn.invars)))
 
-        # Elementwise, as einsum's "bd,d->bd", or an outer product. In the output, the batch axes
-        # come first, then those of lhs, then those of rhs.
-        (shape,) = _shapes(eqn.outvars)
-
-        def lay_out(view: _View, side: int) -> _View:
+        # In the output, the batch axes come first, then those of lhs, then those of rhs.
+        def lay_out(view: _View, side: int) -> list[_Axis]:
             shared = [view.axes[i] for i in batch[side]]
-            own = [axis for i, axis in enumerate(view.axes) if i not in batch[side]]
-            others = list(map(_broadcast, shape[len(shared) :]))
+            summed = [view.axes[i] for i in contracted[side]]
+            named = {*batch[side], *contracted[side]}
+            own = [axis for i, axis in enumerate(view.axes) if i not in named]
+            others = [_fuse(summed, size) for size in shape[len(shared) :]]
             start = (len(others) - len(own)) * side
             others[start : start + len(own)] = own
-            return view.rearrange([*shared, *others])
+            return [*shared, *others]
 
-        lhs = lhs.map(lambda view: lay_out(view, 0))
-        rhs = rhs.map(lambda view: lay_out(view, 1))
-        return self.elementwise(eqn, [lhs, rhs])
+        if not contracted[0]:  # elementwise, as einsum's "bd,d->bd", or an outer product
+            laid_out = [
+                operand.map(lambda view, side=side: view.rearrange(lay_out(view, side)))
+                for side, operand in enumerate(operands)
+            ]
+            return self.elementwise(eqn, laid_out)
 
-    def convolution(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> _Value:
-        groups = eqn.params["feature_group_count"]
-        for view in lhs.views:
-            self.entries(view)
+        views = []
+        for side, (operand, other) in enumerate((operands, reversed(operands))):
+            for view in operand.views:
+                named = {*batch[side], *contracted[side]}
+                views += self.multiply(
+                    view,
+                    other,
+                    _held(view.axes[i] for i in contracted[side]),
+                    _held(view.axes[i] for i in batch[side]),
+                    _held(axis for i, axis in enumerate(view.axes) if i not in named),
+                    view._replace(axes=tuple(lay_out(view, side))),
+                    is_row=ranks[1 - side] == len(named),
+                )
+        is_data = any(operand.data for operand in operands)
+        is_weight = any(operand.is_weight for operand in operands)
+        return _Value(_unique(views), _varying(shape) if is_data else None, is_weight)
+
+    def multiply(
+        self,
+        view: _View,
+        other: _Value,
+        reduction: _Axes,
+        batch: _Axes,
+        output: _Axes,
+        result: _View,
+        is_row: bool = True,
+    ) -> list[_View]:
+        """Sums axes of a leaf in a product, and gives what is followed of the result."""
+        lost = reduction - _held(result.axes)
+        if not other.data:
+            if view.use and not view.use.problem:
+                self.activate(view)
+                return []
+            if other.is_weight:
+                return [result._replace(mixed=view.mixed | reduction, batch=view.batch | batch)]
+            return [result._replace(mixed=view.mixed | lost)]
+        use = self.matrix(view, other, reduction, batch, output, is_row)
+        if other.is_share and reduction and not view.use:  # as if the data looked up
+            looked_up = view.looked_up | reduction
+            batch = view.batch | lost
+            return [result._replace(looked_up=looked_up, batch=batch, use=use)]
+        return []
+
+    def ragged_product(self, eqn: JaxprEqn, result: _Value, operands: list[_Value]) -> _Value:
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (_, contracted), batch = numbers.dot_dimension_numbers
+        groups = (*batch[1], *numbers.rhs_group_dimensions)
+        lhs, rhs, _ = operands
+        if not lhs.data or lhs.views:
+            return result._replace(views=self.unknown(operands, _shapes(eqn.outvars)[0]))
         for view in rhs.views:
-            out, *window = (view.axes[i] for i in eqn.params["dimension_numbers"].rhs_spec)
+            self.contract(view, lhs, contracted, groups)
+        return result
+
+    def contract(
+        self, view: _View, other: _Value, contracted: Iterable[int], batch: Iterable[int]
+    ) -> None:
+        named = {*contracted, *batch}
+        output = _held(axis for i, axis in enumerate(view.axes) if i not in named)
+        reduction = _held(view.axes[i] for i in contracted)
+        self.matrix(view, other, reduction, _held(view.axes[i] for i in batch), output)
+
+    def convolution(self, eqn: JaxprEqn, result: _Value, lhs: _Value, rhs: _Value) -> _Value:
+        groups, (shape,) = eqn.params["feature_group_count"], _shapes(eqn.outvars)
+        numbers = eqn.params["dimension_numbers"]
+        for view in rhs.views if lhs.data else ():
+            out, *window = (view.axes[i] for i in numbers.rhs_spec)
             group = ()
             if groups > 1:  # each has output channels of its own; vmap over kernels makes groups
                 group, out = _reshape([out], (groups, _size(out) // groups))
             axes = (group, out, *window)
-            self.matrix(view._replace(axes=axes), lhs, range(2, len(axes)), [0])
-        return _Value(lhs.is_input or rhs.is_input)
+            self.contract(view._replace(axes=axes), lhs, range(2, len(axes)), [0])
+        unknown = () if lhs.data else rhs.views
+        followed = []
+        for view in lhs.views:
+            if rhs.data and not view.use:
+                unknown = (*unknown, view)
+            elif rhs.data or view.use:
+                self.activate(view)
+            else:  # positions under a kernel of constants or weights
+                laid_out = list(map(_broadcast, shape))
+                for i, (source, target) in enumerate(
+                    zip(numbers.lhs_spec, numbers.out_spec, strict=True)
+                ):
+                    laid_out[target] = _fuse([view.axes[source]], shape[target])
+                    if i == 1 and rhs.is_weight:
+                        view = view._replace(mixed=view.mixed | _held([view.axes[source]]))
+                followed.append(view._replace(axes=tuple(laid_out)))
+        followed += self.unknown([_Value(unknown, result.data)], shape)
+        return result._replace(views=_unique(followed))
 
     def dynamic_slice(self, eqn: JaxprEqn, operand: _Value, starts: list[_Value]) -> _Value:
         sizes, (full, *_) = eqn.params["slice_sizes"], _shapes(eqn.invars)
-        moved = [i for i, v in enumerate(starts) if v.is_input and sizes[i] < full[i]]
-        sliced = operand.map(lambda view: self.look_up(view, moved, True).resize(sizes))
-        return sliced._replace(is_input=operand.is_input or bool(moved))
+        moved = [i for i, v in enumerate(starts) if v.data and sizes[i] < full[i]]
+        views = (self.look_up(view, moved, True).resize(sizes) for view in operand.views)
+        sliced = operand.map(lambda view: view.resize(sizes))._replace(views=_unique(views))
+        return sliced._replace(data=_varying(sizes)) if moved else sliced
 
-    def gather(self, eqn: JaxprEqn, operand: _Value, indices: _Value) -> _Value:
+    def gather(self, eqn: JaxprEqn, result: _Value, operand: _Value, indices: _Value) -> _Value:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         (full, _), (shape,) = _shapes(eqn.invars), _shapes(eqn.outvars)
         collapsed, batching = numbers.collapsed_slice_dims, numbers.operand_batching_dims
@@ -486,15 +701,16 @@ class _Interpreter:
             for i, axis in zip(numbers.start_indices_batching_dims, batching, strict=True)
         }
         selected = [i for i in numbers.start_index_map if i in collapsed or sizes[i] < full[i]]
-        is_one_index = not indices.is_input and len(index_axes) == len(batched)  # of a stack
+        by_input = indices.data is not None
+        is_one_index = not by_input and len(index_axes) == len(batched)  # of a stack
 
         def select(view: _View) -> _View:
             rest = (a for i, a in enumerate(view.axes) if i not in (*selected, *batching))
-            if indices.is_input and _held(rest):  # rows of tables that are batched as the indices
+            if by_input and _held(rest):  # rows of tables that are batched as the indices
                 own = _held(view.axes[i] for i in batching)
                 view = view._replace(batch=view.batch | own, looked_up=view.looked_up | own)
             if not is_one_index:
-                view = self.look_up(view, selected, indices.is_input)
+                view = self.look_up(view, selected, by_input)
             looked_up = [view.axes[i] for i in selected]
             window = enumerate(view.resize(sizes).axes)
             window = iter([axis for i, axis in window if i not in (*collapsed, *batching)])
@@ -508,51 +724,84 @@ class _Interpreter:
                     axes.append(_fuse(looked_up, size))
             return view.rearrange(axes)
 
-        return _Value(operand.is_input or indices.is_input, operand.map(select).views)
+        return result._replace(views=_unique(map(select, operand.views)), is_share=operand.is_share)
 
     def look_up(self, view: _View, axes: list[int], by_input: bool) -> _View:
         """Some entries of these axes. By constant indices, they may yet be a part of a weight."""
-        if not axes:
+        is_activation = any(not _held([axis]) for axis in view.axes)
+        if not axes or (view.use and (view.use.level != _ENTRIES or is_activation)):
             return view
-        looked_up = view.looked_up | _held(view.axes[i] for i in axes)
-        view = view._replace(looked_up=looked_up)
-        if by_input and not view.is_noted:
-            self.entries(view, kind="lookup")
-        return view._replace(is_noted=view.is_noted or by_input)
+        view = view._replace(looked_up=view.looked_up | _held(view.axes[i] for i in axes))
+        return view._replace(use=self.entries(view, _PRODUCT)) if by_input else view
 
-    def entries(self, view: _View, kind: str = "inputs") -> None:
+    def entries(self, view: _View, level: int) -> "_Use":
         """Notes a use of the entries: as a vector, or of rows that have been looked up."""
-        if not view.is_noted:
-            others = _held(view.axes) - view.looked_up - view.batch
-            self.note(view, view.looked_up - view.batch, others, kind)
+        held = _held(view.axes)
+        if view.use and view.use.problem:
+            return self.note(view.use)
+        if (
+            not _wide(view.leaf, held)
+            and _wide(view.leaf, range(len(view.leaf.shape))) - view.batch
+        ):
+            return self.statistic(view)
+        reduction = (view.looked_up or view.mixed) - view.batch
+        output = (held | view.mixed) - reduction - view.batch
+        if view.mixed:
+            level -= 1
+        return self.read(view, reduction, view.batch, output, level)
 
     def matrix(
         self,
         view: _View,
         other: _Value,
-        reduction_axes: Iterable[int],
-        batch_axes: Iterable[int],
+        reduction: _Axes,
+        batch: _Axes,
+        output: _Axes,
         is_row: bool = False,
-    ) -> None:
-        """Notes a use in a product with another value, maybe a row, without axes of its own."""
-        named = {*reduction_axes, *batch_axes}
-        reduction = _held(view.axes[i] for i in reduction_axes)
-        output = _held(axis for i, axis in enumerate(view.axes) if i not in named)
-        view = view._replace(batch=view.batch | _held(view.axes[i] for i in batch_axes))
-        kind = "inputs" if other.is_input else "weights"
-        if view.is_noted:
-            kind = "experts"
-            # Rows that were looked up are activations: what they meet says nothing of the leaf.
+    ) -> "_Use | None":
+        """Notes a use in a product with the data, maybe with a row that has no axes of its own."""
+        batch = batch | view.batch
+        if view.use and view.use.problem:
+            return self.note(view.use)
+        if view.use and view.use.level == _PRODUCT:  # rows: unless experts, they are activations
             if is_row:  # several experts of each row
                 reduction, output = reduction - view.looked_up, output - view.looked_up
-            if not (other.is_input and view.looked_up <= view.batch and reduction and output):
-                return
-        self.note(view, reduction, output, kind)
+            are_experts = view.looked_up <= batch and not view.looked_up & (reduction | output)
+            if reduction and output and are_experts:
+                self.superseded.add(view.use)
+                self.read(view, reduction, batch, output, _PRODUCT)
+            return None
+        if view.use:  # entries that have met the data: a masked weight, or a bias in an activation
+            own = [_wide(view.leaf, side - batch - view.mixed) for side in (reduction, output)]
+            if not all(own) or any(view.leaf == of.leaf for of in other.views):
+                return self.activate(view)
+        if not _wide(view.leaf, reduction | output):
+            return self.statistic(view)
+        if not view.mixed:
+            level = _PRODUCT if reduction and output else _ENTRIES
+            return self.read(view, reduction, batch, output, level)
+        own_reduction, own_output = reduction - view.mixed, output - view.mixed
+        if own_reduction and own_output and not own_reduction & own_output:
+            reduction, batch, output = own_reduction, batch | view.mixed, own_output
+        elif own_reduction or own_output:  # by the product with other weights
+            reduction, output = view.mixed - batch, own_reduction | own_output
+        if reduction and output:
+            return self.read(view, reduction, batch, output, _MIXED_PRODUCT)
+        return self.statistic(view)
 
-    def note(self, view: _View, reduction: _Axes, output: _Axes, kind: str) -> None:
-        leaf, batch, every = view.leaf, view.batch, frozenset(range(len(view.leaf.shape)))
+    def activate(self, view: _View) -> "_Use | None":
+        """Notes that entries that met the data are a bias or a gain."""
+        if view.use and view.use.level in (_ENTRIES, _MIXED_ENTRIES):
+            return self.note(view.use._replace(level=_PRODUCT))
+
+    def read(
+        self, view: _View, reduction: _Axes, batch: _Axes, output: _Axes, level: int
+    ) -> "_Use":
+        leaf, every = view.leaf, frozenset(range(len(view.leaf.shape)))
         problem = ""
         # Where an axis has been split, its parts can have different roles.
+        split = _wide(leaf, (batch & reduction) | (batch & output) | (reduction & output))
+        batch = batch - (split & view.looked_up)  # its entries were laid out anew
         split = _wide(leaf, (batch & reduction) | (batch & output) | (reduction & output))
         if split and self.eqns[-1].primitive.name == "conv_general_dilated":
             vectors = MuonDimensionNumbers((), tuple(sorted(every - split)))
@@ -566,15 +815,40 @@ class _Interpreter:
         if not reduction or not output:  # a vector, whichever axes of size 1 were left out
             reduction, output = frozenset(), every - batch
         axes = tuple(sorted(reduction)), tuple(sorted(output))
-        self.uses.append(_Use(leaf, tuple(self.eqns), kind, axes, problem))
+        return self.note(self.use(view, level, axes, problem))
 
-    def unknown(self, view: _View) -> None:
-        if not view.is_noted:
-            problem = "is an operation that cannot be followed"
-            self.uses.append(_Use(view.leaf, tuple(self.eqns), problem=problem))
+    def use(self, view: _View, level: int, axes: Any = ((), ()), problem: str = "") -> "_Use":
+        return _Use(view.leaf, tuple(self.eqns), level, axes, problem)
+
+    def statistic(self, view: _View) -> "_Use":
+        return self.note(self.use(view, _STATISTICS, problem="uses nothing but a statistic of it"))
+
+    def note(self, use: "_Use") -> "_Use":
+        self.uses.append(use)
+        return use
+
+    def unknown(self, operands: Sequence[_Value], shape: tuple[int, ...]) -> tuple[_View, ...]:
+        """Leaves in a value that cannot be followed: a problem if the data meets them."""
+        views = []
+        for i, operand in enumerate(operands):
+            is_met = any(other.data for j, other in enumerate(operands) if j != i)
+            for view in operand.views:
+                if view.use and not view.use.problem:
+                    continue
+                problem = "is an operation that cannot be followed"
+                use = view.use or self.use(view, _PRODUCT, problem=problem)
+                if is_met:
+                    self.note(use)
+                else:
+                    axes = tuple(map(_broadcast, shape))
+                    views.append(_View(view.leaf, axes, use=use))
+        return _unique(views)
 
 
 # What the uses of a leaf come to.
+
+# Which uses count: those of the highest level that a leaf has.
+_STATISTICS, _MIXED_ENTRIES, _ENTRIES, _MIXED_PRODUCT, _PRODUCT = range(5)
 
 
 class _Use(NamedTuple):
@@ -582,12 +856,12 @@ class _Use(NamedTuple):
 
     leaf: _Leaf
     eqns: tuple[JaxprEqn, ...]  # the operation, and before it its callers
-    kind: str = "inputs"  # or "lookup", "experts" that were looked up, "weights" alone
+    level: int
     axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
     problem: str = ""
 
     @property
-    def sides(self) -> frozenset[frozenset[int]]:
+    def sides(self) -> frozenset[_Axes]:
         """The same for a matrix and its transpose, and whatever role axes of size 1 have."""
         return frozenset(filter(None, (_wide(self.leaf, axes) for axes in self.axes)))
 
@@ -600,11 +874,6 @@ class _Use(NamedTuple):
 
 def _agreed(leaf: _Leaf, uses: list[_Use]) -> MuonDimensionNumbers | str:
     """The reading on which all uses of a leaf agree, or what is wrong with them."""
-    # Products of weights alone (LoRA, but also a Gram matrix) count where nothing else does.
-    uses = [use for use in uses if use.kind != "weights"] or uses
-    # Experts that were looked up and multiplied by are matrices, not the rows of one.
-    if any(use.kind == "experts" for use in uses):
-        uses = [use for use in uses if use.kind != "lookup"]
     name = f"The leaf {leaf.path!r} of shape {leaf.shape}"
     remedy = (
         f"Say how to read it: overrides={{{leaf.path!r}: optax.contrib.MuonDimensionNumbers("
@@ -615,7 +884,10 @@ def _agreed(leaf: _Leaf, uses: list[_Use]) -> MuonDimensionNumbers | str:
             f"{name} never meets an input. Let fn be the training loss, and pass it the batch as "
             f"an argument: arrays that fn closes over are constants. {remedy}"
         )
+    uses = [use for use in uses if use.level == max(use.level for use in uses)]
     for use in uses:
+        if use.problem and len(_wide(leaf, range(len(leaf.shape)))) < 2:
+            return MuonDimensionNumbers((), tuple(range(len(leaf.shape))))
         if use.problem:
             return f"{name} cannot be read: {use}. {remedy}"
         if use.sides != uses[0].sides:
