@@ -512,7 +512,7 @@ class _Interpreter:
             scales = not any(case.data for case in operands[1:])
         followed = []
         for i, operand in enumerate(operands):
-            others = _join(*operands[:i], *operands[i + 1 :])
+            others = _join(*(other for j, other in enumerate(operands) if j != i))
             for view in operand.views:
                 followed += self.meet(
                     view, others, name in _LINEAR or name == "dot_general", scales
@@ -540,14 +540,20 @@ class _Interpreter:
         pairs = list(zip(view.axes, others.data.axes, strict=False))
         if len(view.axes) != len(others.data.axes) or view.use or not held or not is_linear:
             return []
+        is_weight = any(not other.use for other in others.views)  # that data has scaled
+        if is_weight or not _held(others.data.axes):  # or a scalar, such as a loss scale
+            return [view]
         varied = held & _held(axis for axis, data in pairs if _held([data]))
         is_wider = any(_held([data]) and not _wide(view.leaf, _held([a])) for a, data in pairs)
         if scales and not (varied == held and is_wider):  # by a mask, or along some axes alone
             by_shares = others.is_share and (view.by_shares or not view.scaled)
             scaled = view.scaled | (varied if varied < held else frozenset())
             return [view._replace(scaled=scaled, by_shares=by_shares)]
-        is_scalar = not _held(others.data.axes)  # such as a loss scale
-        return [view if is_scalar else view._replace(use=use)]
+        view = view._replace(use=use)
+        if not scales and is_wider and varied == held:  # a bias
+            self.activate(view)
+            return []
+        return [view]
 
     def reduce(self, eqn: JaxprEqn, operand: _Value) -> _Value:
         """Sums. Of entries that the data has scaled, they are a product with the data."""
@@ -623,7 +629,11 @@ class _Interpreter:
         """Sums axes of a leaf in a product, and gives what is followed of the result."""
         lost = reduction - _held(result.axes)
         if not other.data:
-            if view.use and not view.use.problem:
+            if (
+                view.use
+                and (other.is_weight or view.use.level == _PRODUCT)
+                and not view.use.problem
+            ):
                 self.activate(view)
                 return []
             if other.is_weight:
@@ -747,7 +757,7 @@ class _Interpreter:
         reduction = (view.looked_up or view.mixed) - view.batch
         output = (held | view.mixed) - reduction - view.batch
         if view.mixed:
-            level -= 1
+            level = _MIXED_ENTRIES if level == _ENTRIES else _MIXED_PRODUCT
         return self.read(view, reduction, view.batch, output, level)
 
     def matrix(
@@ -760,7 +770,7 @@ class _Interpreter:
         is_row: bool = False,
     ) -> "_Use | None":
         """Notes a use in a product with the data, maybe with a row that has no axes of its own."""
-        batch = batch | view.batch
+        batch = (batch - view.mixed) | view.batch
         if view.use and view.use.problem:
             return self.note(view.use)
         if view.use and view.use.level == _PRODUCT:  # rows: unless experts, they are activations
@@ -773,12 +783,14 @@ class _Interpreter:
             return None
         if view.use:  # entries that have met the data: a masked weight, or a bias in an activation
             own = [_wide(view.leaf, side - batch - view.mixed) for side in (reduction, output)]
-            if not all(own) or any(view.leaf == of.leaf for of in other.views):
+            if not (any(own) if view.mixed else all(own)) or any(
+                view.leaf == of.leaf for of in other.views
+            ):
                 return self.activate(view)
         if not _wide(view.leaf, reduction | output):
             return self.statistic(view)
         if not view.mixed:
-            level = _PRODUCT if reduction and output else _ENTRIES
+            level = _PRODUCT if reduction and output else _VECTOR
             return self.read(view, reduction, batch, output, level)
         own_reduction, own_output = reduction - view.mixed, output - view.mixed
         if own_reduction and own_output and not own_reduction & own_output:
@@ -792,7 +804,8 @@ class _Interpreter:
     def activate(self, view: _View) -> "_Use | None":
         """Notes that entries that met the data are a bias or a gain."""
         if view.use and view.use.level in (_ENTRIES, _MIXED_ENTRIES):
-            return self.note(view.use._replace(level=_PRODUCT))
+            level = _PRODUCT if view.use.level == _ENTRIES else _MIXED_PRODUCT
+            return self.note(view.use._replace(level=level))
 
     def read(
         self, view: _View, reduction: _Axes, batch: _Axes, output: _Axes, level: int
@@ -848,7 +861,7 @@ class _Interpreter:
 # What the uses of a leaf come to.
 
 # Which uses count: those of the highest level that a leaf has.
-_STATISTICS, _MIXED_ENTRIES, _ENTRIES, _MIXED_PRODUCT, _PRODUCT = range(5)
+_STATISTICS, _MIXED_ENTRIES, _ENTRIES, _MIXED_PRODUCT, _VECTOR, _PRODUCT = range(6)
 
 
 class _Use(NamedTuple):

@@ -369,14 +369,6 @@ case(
 )
 case("noise as an argument", lambda w, x, n: x @ (w + n), (d, f), DENSE, x, f32(d, f))
 case(
-    "noise per sample as an argument",
-    lambda w, x, n: jnp.einsum("bi,bio->bo", x, w + n),
-    (d, f),
-    DENSE,
-    x,
-    f32(b, d, f),
-)
-case(
     "SAM's perturbation",
     lambda w, x: x @ (w + 0.05 * jax.grad(lambda w: square(x @ w))(w)),
     (d, f),
