@@ -164,6 +164,19 @@ _TwoSides: TypeAlias = Sequence[Sequence[int]]  # axes of lhs and of rhs
 _Axis: TypeAlias = tuple[_Piece, ...]  # from major to minor; the product of their sizes is its size
 
 
+class _Roles(NamedTuple):
+    """What a product does with the axes of a leaf."""
+
+    reduction: _Axes
+    batch: _Axes
+    output: _Axes
+
+    @classmethod
+    def of(cls, axes: Sequence[_Axis], reduced: Iterable[int], batch: Iterable[int]) -> "_Roles":
+        others = {*range(len(axes))} - {*reduced, *batch}
+        return cls(*(_held(axes[i] for i in side) for side in (reduced, batch, others)))
+
+
 class _View(NamedTuple):
     """How a value lays out a leaf."""
 
@@ -175,6 +188,11 @@ class _View(NamedTuple):
     scaled: _Axes = frozenset()  # that the data multiplied, without varying along the others
     by_shares: bool = False  # what multiplied them
     use: "_Use | None" = None  # in which it met the data, or that cannot be followed
+
+    @property
+    def has_met(self) -> bool:
+        """Whether it has met the data, and is followed for a product to come."""
+        return self.use is not None and not self.use.problem
 
     @classmethod
     def of(cls, leaf: _Leaf) -> "_View":
@@ -323,7 +341,7 @@ _RESIZINGS = frozenset("all_gather fft reduce_window_max reduce_window_sum slice
 _CONCATENATIONS = frozenset("concatenate dynamic_update_slice pad scatter scatter-add".split())
 # Linear in each operand, or in what it divides.
 _LINEAR = _CONCATENATIONS | frozenset(
-    "add add_any conj cumsum div imag mul neg real select_n stack sub".split()
+    "add add_any conj cumsum div dot_general imag mul neg real select_n stack sub".split()
 )
 # Scalars and axes of size 1 are broadcast.
 _ELEMENTWISE = _LINEAR | frozenset(
@@ -342,8 +360,8 @@ _REDUCTIONS = frozenset(
 )
 
 
-def _layouts(eqn: JaxprEqn, view: _View) -> list[_View] | None:
-    """The views in the outputs of an equation that only lays out its operand, else None."""
+def _layouts(eqn: JaxprEqn, view: _View) -> list[_View]:
+    """The views in the outputs of an equation that only lays out its operand, else none."""
     params, axes = eqn.params, view.axes
     shapes = _shapes(eqn.outvars)
     match eqn.primitive.name:
@@ -368,7 +386,21 @@ def _layouts(eqn: JaxprEqn, view: _View) -> list[_View] | None:
             return [view.resize(shape) for shape in shapes]
         case "unstack":
             return [view.drop(params["axis"]) for _ in shapes]
-    return None
+    return []
+
+
+def _product_axes(eqn: JaxprEqn, view: _View, side: int) -> list[_Axis]:
+    """The axes of a product: those of its batch, of lhs, and of rhs.
+
+    Those of the other side run over the axes of the leaf that they have been contracted with.
+    """
+    contracted, batch = (sides[side] for sides in eqn.params["dimension_numbers"])
+    (shape,), shared = _shapes(eqn.outvars), [view.axes[i] for i in batch]
+    own = [axis for i, axis in enumerate(view.axes) if i not in (*contracted, *batch)]
+    others = [_fuse([view.axes[i] for i in contracted], size) for size in shape[len(shared) :]]
+    start = (len(others) - len(own)) * side
+    others[start : start + len(own)] = own
+    return [*shared, *others]
 
 
 def _body(eqn: JaxprEqn) -> Jaxpr | None:
@@ -433,33 +465,33 @@ class _Interpreter:
             return [_Value(is_weight=is_weight)] * len(eqn.outvars)
         if name in _IDENTITIES:
             return operands
-        if name in _ELEMENTWISE:
+        if name in _ELEMENTWISE and name != "dot_general":
             return [self.elementwise(eqn, operands)]
         if name in _REDUCTIONS:
             return [self.reduce(eqn, *operands)]
 
-        is_data = any(operand.data for operand in operands)
-        shapes = _shapes(eqn.outvars)
-        results = [_Value((), _varying(shape) if is_data else None, is_weight) for shape in shapes]
+        is_data, shapes = any(operand.data for operand in operands), _shapes(eqn.outvars)
+        results = [_Value((), _varying(s) if is_data else None, is_weight) for s in shapes]
         operand, *others = operands
+        views: Iterable[_View] | None = None
         match name:
             case "dot_general":
-                return [self.product(eqn, operands, *params["dimension_numbers"])]
+                if not params["dimension_numbers"][0][0]:
+                    return [self.outer_product(eqn, operands)]
+                views = self.product(eqn, operands)
             case "ragged_dot_general":
-                return [self.ragged_product(eqn, results[0], operands)]
+                views = self.ragged_product(eqn, *operands[:2])
             case "conv_general_dilated" if params["batch_group_count"] == 1:
-                return [self.convolution(eqn, results[0], *operands)]
+                views = self.convolution(eqn, *operands)
             case "gather" if not others[0].views:
-                return [self.gather(eqn, results[0], *operands)]
+                views = self.gather(eqn, *operands)
+                results[0] = results[0]._replace(is_share=operand.is_share)
             case "dynamic_slice" if not any(other.views for other in others):
-                return [self.dynamic_slice(eqn, operand, others)]
-        if not others:
-            laid_out = _layouts(eqn, _varying(_shapes(eqn.invars)[0]))
-            if laid_out is not None:
-                outputs = []
-                for i in range(len(shapes)):
-                    outputs.append(operand.map(lambda view, i=i: _layouts(eqn, view)[i]))
-                return outputs
+                views = self.dynamic_slice(eqn, operand, others)
+        if views is not None:
+            return [results[0]._replace(views=_unique(views))]
+        if not others and (count := len(_layouts(eqn, _varying(_shapes(eqn.invars)[0])))):
+            return [operand.map(lambda view, i=i: _layouts(eqn, view)[i]) for i in range(count)]
         return [
             result._replace(views=self.unknown(operands, shape))
             for result, shape in zip(results, shapes, strict=True)
@@ -493,12 +525,11 @@ class _Interpreter:
             carry = after
 
     def elementwise(self, eqn: JaxprEqn, operands: list[_Value]) -> _Value:
-        """Entries side by side. Where those of a leaf meet the data, it is followed if linear."""
-        name, (shape,), shapes = eqn.primitive.name, _shapes(eqn.outvars), _shapes(eqn.invars)
+        """Entries side by side. Those of a leaf are followed while the value is linear in them."""
+        name, (shape,) = eqn.primitive.name, _shapes(eqn.outvars)
         if name == "stack":
             axis, size = eqn.params["axis"], len(operands)
             operands = [v.map(lambda view: view.insert(axis, size)) for v in operands]
-            shapes = [shape] * size
         lay_out = _View.resize if name in _CONCATENATIONS else _View.broadcast
 
         def align(view: _View) -> _View:
@@ -506,202 +537,148 @@ class _Interpreter:
                 return lay_out(view, shape)
             return _varying(shape) if view.leaf == _DATA else view  # the indices of a scatter
 
+        constants = [
+            _Value(data=align(_varying(s)))
+            for s, operand in zip(_shapes(eqn.invars), operands, strict=True)
+            if not operand.data and name != "stack"
+        ]
         operands = [operand.map(align) for operand in operands]
         scales = name in ("dot_general", "mul", "div")
-        if name == "select_n":
+        if name == "select_n":  # by a mask, or between data and a leaf
             scales = not any(case.data for case in operands[1:])
-        followed = []
+        views = []
         for i, operand in enumerate(operands):
             others = _join(*(other for j, other in enumerate(operands) if j != i))
+            spanned = {i for view in operand.views for i, a in enumerate(view.axes) if _held([a])}
             for view in operand.views:
-                followed += self.meet(
-                    view, others, name in _LINEAR or name == "dot_general", scales
-                )
+                if name not in _LINEAR and (view.has_met or view.scaled):
+                    continue
+                if others.data and not view.has_met:
+                    met = self.meet(view, others, scales, spanned)
+                    views += met if name in _LINEAR else []
+                else:
+                    views.append(view)
         result = _join(*operands)
-        if result.data:  # constants vary too
-            rest = [_varying(s) for s, v in zip(shapes, operands, strict=True) if not v.data]
-            spread = _join(result, *(_Value(data=align(view)) for view in rest))
-            result = result._replace(data=spread.data)
-        result = result._replace(views=_unique(followed))
-        if name in _MAKE_SHARES or name not in _KEEP_SHARES:
-            result = result._replace(is_share=bool(result.data) and name in _MAKE_SHARES)
-        return result
+        if result.data:
+            result = result._replace(data=_join(result, *constants).data)
+        is_share = name in _MAKE_SHARES or (result.is_share and name in _KEEP_SHARES)
+        return result._replace(views=_unique(views), is_share=is_share)
 
-    def meet(self, view: _View, others: _Value, is_linear: bool, scales: bool) -> list[_View]:
-        """The entries of a leaf with others, of the same shape, and what is followed of them."""
-        if not is_linear and (view.scaled or (view.use and not view.use.problem)):
-            return []  # what is not linear in what has met the data is an activation
-        if view.use and not view.use.problem:
-            return [view]
-        if not others.data:
-            return [view]
+    def meet(self, view: _View, others: _Value, scales: bool, spanned: set[int]) -> Iterable[_View]:
+        """Notes that entries of a leaf meet data of their shape, and gives what is followed."""
         use = self.entries(view, _ENTRIES)
-        held = _wide(view.leaf, _held(view.axes))
-        pairs = list(zip(view.axes, others.data.axes, strict=False))
-        if len(view.axes) != len(others.data.axes) or view.use or not held or not is_linear:
+        held, others_axes = (
+            _wide(view.leaf, _held(view.axes)),
+            others.data.axes if others.data else (),
+        )
+        if view.use or not held or len(view.axes) != len(others_axes):
             return []
-        is_weight = any(not other.use for other in others.views)  # that data has scaled
-        if is_weight or not _held(others.data.axes):  # or a scalar, such as a loss scale
+        is_weight = any(not other.use for other in others.views)  # which the data has scaled
+        if is_weight or not _held(others_axes):  # or the data is a scalar, such as a loss scale
             return [view]
-        varied = held & _held(axis for axis, data in pairs if _held([data]))
-        is_wider = any(_held([data]) and not _wide(view.leaf, _held([a])) for a, data in pairs)
-        if scales and not (varied == held and is_wider):  # by a mask, or along some axes alone
+        data = [i for i, axis in enumerate(others_axes) if _held([axis])]
+        varied = held & _held(view.axes[i] for i in data)
+        is_of_each_sample = not spanned.issuperset(data)
+        if scales and (varied < held or not is_of_each_sample):  # a scale or a mask of the weight
             by_shares = others.is_share and (view.by_shares or not view.scaled)
             scaled = view.scaled | (varied if varied < held else frozenset())
             return [view._replace(scaled=scaled, by_shares=by_shares)]
         view = view._replace(use=use)
-        if not scales and is_wider and varied == held:  # a bias
-            self.activate(view)
-            return []
-        return [view]
+        if scales or varied < held or not is_of_each_sample:
+            return [view]
+        return self.activate(view)
 
     def reduce(self, eqn: JaxprEqn, operand: _Value) -> _Value:
-        """Sums. Of entries that the data has scaled, they are a product with the data."""
-        axes, is_sum = eqn.params["axes"], eqn.primitive.name == "reduce_sum"
+        """Sums and the like. Of entries that the data has scaled, a product with the data."""
+        dropped, is_sum = eqn.params["axes"], eqn.primitive.name == "reduce_sum"
         views = []
         for view in operand.views:
-            kept = tuple(axis for i, axis in enumerate(view.axes) if i not in axes)
+            kept = tuple(axis for i, axis in enumerate(view.axes) if i not in dropped)
             lost = _held(view.axes) - _held(kept)
-            rest = view._replace(axes=kept)
-            if view.use and not view.use.problem:
-                views += [rest] if is_sum else []
+            result = view._replace(axes=kept)
+            if view.has_met:
+                views += [result] if is_sum else []
             elif is_sum and view.scaled & lost:
-                output = _held(kept) - view.scaled
-                batch = view.scaled - lost
-                other = _Value(data=_varying(()), is_share=view.by_shares)
-                views += self.multiply(view, other, lost, batch, output, rest)
+                roles = _Roles(lost, view.scaled - lost, _held(kept) - view.scaled)
+                data = _Value(data=_varying(()), is_share=view.by_shares)
+                views += self.contract(view, data, roles, result)
             else:
-                views.append(rest._replace(mixed=view.mixed | lost))
-        data = operand.data and _data(a for i, a in enumerate(operand.data.axes) if i not in axes)
-        is_share = operand.is_share and eqn.primitive.name in _KEEP_SHARES
-        return _Value(_unique(views), data, operand.is_weight, is_share)
+                views.append(result._replace(mixed=view.mixed | lost))
+        result = operand.map(lambda view: view.drop(*dropped))._replace(views=_unique(views))
+        return result._replace(is_share=operand.is_share and eqn.primitive.name in _KEEP_SHARES)
 
-    def product(
-        self, eqn: JaxprEqn, operands: list[_Value], contracted: _TwoSides, batch: _TwoSides
-    ) -> _Value:
-        (shape,), ranks = _shapes(eqn.outvars), list(map(len, _shapes(eqn.invars)))
+    def outer_product(self, eqn: JaxprEqn, operands: list[_Value]) -> _Value:
+        """A product that sums nothing, as einsum's "bd,d->bd"."""
+        sides = [
+            operand.map(lambda view, side=side: view.rearrange(_product_axes(eqn, view, side)))
+            for side, operand in enumerate(operands)
+        ]
+        return self.elementwise(eqn, sides)
 
-        # In the output, the batch axes come first, then those of lhs, then those of rhs.
-        def lay_out(view: _View, side: int) -> list[_Axis]:
-            shared = [view.axes[i] for i in batch[side]]
-            summed = [view.axes[i] for i in contracted[side]]
-            named = {*batch[side], *contracted[side]}
-            own = [axis for i, axis in enumerate(view.axes) if i not in named]
-            others = [_fuse(summed, size) for size in shape[len(shared) :]]
-            start = (len(others) - len(own)) * side
-            others[start : start + len(own)] = own
-            return [*shared, *others]
-
-        if not contracted[0]:  # elementwise, as einsum's "bd,d->bd", or an outer product
-            laid_out = [
-                operand.map(lambda view, side=side: view.rearrange(lay_out(view, side)))
-                for side, operand in enumerate(operands)
-            ]
-            return self.elementwise(eqn, laid_out)
-
-        views = []
-        for side, (operand, other) in enumerate((operands, reversed(operands))):
+    def product(self, eqn: JaxprEqn, operands: list[_Value]) -> Iterable[_View]:
+        contracted, batch = eqn.params["dimension_numbers"]
+        for side, (operand, other) in enumerate((operands, operands[::-1])):
+            named = len(contracted[side]) + len(batch[side])
+            is_row = named == len(_shapes(eqn.invars)[1 - side])
             for view in operand.views:
-                named = {*batch[side], *contracted[side]}
-                views += self.multiply(
-                    view,
-                    other,
-                    _held(view.axes[i] for i in contracted[side]),
-                    _held(view.axes[i] for i in batch[side]),
-                    _held(axis for i, axis in enumerate(view.axes) if i not in named),
-                    view._replace(axes=tuple(lay_out(view, side))),
-                    is_row=ranks[1 - side] == len(named),
-                )
-        is_data = any(operand.data for operand in operands)
-        is_weight = any(operand.is_weight for operand in operands)
-        return _Value(_unique(views), _varying(shape) if is_data else None, is_weight)
+                roles = _Roles.of(view.axes, contracted[side], batch[side])
+                result = view._replace(axes=tuple(_product_axes(eqn, view, side)))
+                yield from self.contract(view, other, roles, result, is_row)
 
-    def multiply(
-        self,
-        view: _View,
-        other: _Value,
-        reduction: _Axes,
-        batch: _Axes,
-        output: _Axes,
-        result: _View,
-        is_row: bool = True,
-    ) -> list[_View]:
-        """Sums axes of a leaf in a product, and gives what is followed of the result."""
-        lost = reduction - _held(result.axes)
-        if not other.data:
-            if (
-                view.use
-                and (other.is_weight or view.use.level == _PRODUCT)
-                and not view.use.problem
-            ):
-                self.activate(view)
-                return []
-            if other.is_weight:
-                return [result._replace(mixed=view.mixed | reduction, batch=view.batch | batch)]
-            return [result._replace(mixed=view.mixed | lost)]
-        use = self.matrix(view, other, reduction, batch, output, is_row)
-        if other.is_share and reduction and not view.use:  # as if the data looked up
-            looked_up = view.looked_up | reduction
-            batch = view.batch | lost
-            return [result._replace(looked_up=looked_up, batch=batch, use=use)]
+    def ragged_product(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> Iterable[_View]:
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        if lhs.views or not lhs.data:
+            return self.unknown([lhs, rhs], _shapes(eqn.outvars)[0])
+        for view in rhs.views:
+            groups = (*batch, *numbers.rhs_group_dimensions)
+            self.matrix(view, lhs, _Roles.of(view.axes, contracted, groups))
         return []
 
-    def ragged_product(self, eqn: JaxprEqn, result: _Value, operands: list[_Value]) -> _Value:
-        numbers = eqn.params["ragged_dot_dimension_numbers"]
-        (_, contracted), batch = numbers.dot_dimension_numbers
-        groups = (*batch[1], *numbers.rhs_group_dimensions)
-        lhs, rhs, _ = operands
-        if not lhs.data or lhs.views:
-            return result._replace(views=self.unknown(operands, _shapes(eqn.outvars)[0]))
-        for view in rhs.views:
-            self.contract(view, lhs, contracted, groups)
-        return result
-
-    def contract(
-        self, view: _View, other: _Value, contracted: Iterable[int], batch: Iterable[int]
-    ) -> None:
-        named = {*contracted, *batch}
-        output = _held(axis for i, axis in enumerate(view.axes) if i not in named)
-        reduction = _held(view.axes[i] for i in contracted)
-        self.matrix(view, other, reduction, _held(view.axes[i] for i in batch), output)
-
-    def convolution(self, eqn: JaxprEqn, result: _Value, lhs: _Value, rhs: _Value) -> _Value:
+    def convolution(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> Iterable[_View]:
         groups, (shape,) = eqn.params["feature_group_count"], _shapes(eqn.outvars)
         numbers = eqn.params["dimension_numbers"]
-        for view in rhs.views if lhs.data else ():
+        for view in lhs.views:
+            if view.has_met:
+                self.activate(view)
+        if not lhs.data or not all(view.has_met for view in lhs.views):
+            yield from self.unknown([lhs, rhs], shape)
+            return
+        for view in rhs.views:
             out, *window = (view.axes[i] for i in numbers.rhs_spec)
             group = ()
             if groups > 1:  # each has output channels of its own; vmap over kernels makes groups
                 group, out = _reshape([out], (groups, _size(out) // groups))
             axes = (group, out, *window)
-            self.contract(view._replace(axes=axes), lhs, range(2, len(axes)), [0])
-        unknown = () if lhs.data else rhs.views
-        followed = []
-        for view in lhs.views:
-            if rhs.data and not view.use:
-                unknown = (*unknown, view)
-            elif rhs.data or view.use:
-                self.activate(view)
-            else:  # positions under a kernel of constants or weights
-                laid_out = list(map(_broadcast, shape))
-                for i, (source, target) in enumerate(
-                    zip(numbers.lhs_spec, numbers.out_spec, strict=True)
-                ):
-                    laid_out[target] = _fuse([view.axes[source]], shape[target])
-                    if i == 1 and rhs.is_weight:
-                        view = view._replace(mixed=view.mixed | _held([view.axes[source]]))
-                followed.append(view._replace(axes=tuple(laid_out)))
-        followed += self.unknown([_Value(unknown, result.data)], shape)
-        return result._replace(views=_unique(followed))
+            self.matrix(view, lhs, _Roles.of(axes, range(2, len(axes)), [0]))
 
-    def dynamic_slice(self, eqn: JaxprEqn, operand: _Value, starts: list[_Value]) -> _Value:
+    def contract(
+        self, view: _View, other: _Value, roles: _Roles, result: _View, is_row: bool = True
+    ) -> Iterable[_View]:
+        """Sums axes of a leaf in a product, and gives what is followed of the result."""
+        lost = roles.reduction - _held(result.axes)
+        if not other.data:
+            are_rows = view.has_met and view.use and view.use.kind == _PRODUCT
+            if view.has_met and (other.is_weight or are_rows):
+                return self.activate(view)
+            if other.is_weight:
+                batch, lost = view.batch | roles.batch, roles.reduction
+                result = result._replace(batch=batch)
+            return [result._replace(mixed=view.mixed | lost)]
+        use = self.matrix(view, other, roles, is_row)
+        if view.use or not other.is_share or not roles.reduction:
+            return []
+        looked_up, batch = view.looked_up | roles.reduction, view.batch | lost
+        return [result._replace(looked_up=looked_up, batch=batch, use=use)]
+
+    def dynamic_slice(
+        self, eqn: JaxprEqn, operand: _Value, starts: list[_Value]
+    ) -> Iterable[_View]:
         sizes, (full, *_) = eqn.params["slice_sizes"], _shapes(eqn.invars)
         moved = [i for i, v in enumerate(starts) if v.data and sizes[i] < full[i]]
-        views = (self.look_up(view, moved, True).resize(sizes) for view in operand.views)
-        sliced = operand.map(lambda view: view.resize(sizes))._replace(views=_unique(views))
-        return sliced._replace(data=_varying(sizes)) if moved else sliced
+        return (self.look_up(view, moved, True).resize(sizes) for view in operand.views)
 
-    def gather(self, eqn: JaxprEqn, result: _Value, operand: _Value, indices: _Value) -> _Value:
+    def gather(self, eqn: JaxprEqn, operand: _Value, indices: _Value) -> Iterable[_View]:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         (full, _), (shape,) = _shapes(eqn.invars), _shapes(eqn.outvars)
         collapsed, batching = numbers.collapsed_slice_dims, numbers.operand_batching_dims
@@ -734,88 +711,78 @@ class _Interpreter:
                     axes.append(_fuse(looked_up, size))
             return view.rearrange(axes)
 
-        return result._replace(views=_unique(map(select, operand.views)), is_share=operand.is_share)
+        return map(select, operand.views)
 
     def look_up(self, view: _View, axes: list[int], by_input: bool) -> _View:
         """Some entries of these axes. By constant indices, they may yet be a part of a weight."""
-        is_activation = any(not _held([axis]) for axis in view.axes)
-        if not axes or (view.use and (view.use.level != _ENTRIES or is_activation)):
+        is_activation = view.use and not all(_held([axis]) for axis in view.axes)
+        if not axes or is_activation or (view.use and view.use.kind != _ENTRIES):
             return view
-        view = view._replace(looked_up=view.looked_up | _held(view.axes[i] for i in axes))
+        looked_up = view.looked_up | _held(view.axes[i] for i in axes)
+        view = view._replace(looked_up=looked_up)
         return view._replace(use=self.entries(view, _PRODUCT)) if by_input else view
 
-    def entries(self, view: _View, level: int) -> "_Use":
+    def entries(self, view: _View, kind: int) -> "_Use":
         """Notes a use of the entries: as a vector, or of rows that have been looked up."""
         held = _held(view.axes)
         if view.use and view.use.problem:
             return self.note(view.use)
-        if (
-            not _wide(view.leaf, held)
-            and _wide(view.leaf, range(len(view.leaf.shape))) - view.batch
-        ):
+        if not held and _wide(view.leaf, frozenset(range(len(view.leaf.shape))) - view.batch):
             return self.statistic(view)
         reduction = (view.looked_up or view.mixed) - view.batch
         output = (held | view.mixed) - reduction - view.batch
-        if view.mixed:
-            level = _MIXED_ENTRIES if level == _ENTRIES else _MIXED_PRODUCT
-        return self.read(view, reduction, view.batch, output, level)
+        return self.read(view, _Roles(reduction, view.batch, output), kind)
 
     def matrix(
-        self,
-        view: _View,
-        other: _Value,
-        reduction: _Axes,
-        batch: _Axes,
-        output: _Axes,
-        is_row: bool = False,
+        self, view: _View, other: _Value, roles: _Roles, is_row: bool = False
     ) -> "_Use | None":
         """Notes a use in a product with the data, maybe with a row that has no axes of its own."""
+        reduction, batch, output = roles
         batch = (batch - view.mixed) | view.batch
         if view.use and view.use.problem:
             return self.note(view.use)
-        if view.use and view.use.level == _PRODUCT:  # rows: unless experts, they are activations
+        if view.use and view.use.kind == _PRODUCT:  # rows are activations, but if they are experts
             if is_row:  # several experts of each row
                 reduction, output = reduction - view.looked_up, output - view.looked_up
             are_experts = view.looked_up <= batch and not view.looked_up & (reduction | output)
             if reduction and output and are_experts:
                 self.superseded.add(view.use)
-                self.read(view, reduction, batch, output, _PRODUCT)
+                self.read(view, _Roles(reduction, batch, output), _PRODUCT)
             return None
-        if view.use:  # entries that have met the data: a masked weight, or a bias in an activation
-            own = [_wide(view.leaf, side - batch - view.mixed) for side in (reduction, output)]
-            if not (any(own) if view.mixed else all(own)) or any(
-                view.leaf == of.leaf for of in other.views
-            ):
-                return self.activate(view)
+        own = _Roles(reduction - view.mixed, batch, output - view.mixed)
+        if view.use:  # a masked weight, or a gain in an activation
+            sides = [_wide(view.leaf, side - batch) for side in (own.reduction, own.output)]
+            is_matrix = any(sides) if view.mixed else all(sides)
+            if not is_matrix or any(view.leaf == of.leaf for of in other.views):
+                self.activate(view)
+                return None
         if not _wide(view.leaf, reduction | output):
             return self.statistic(view)
+        if own.reduction and own.output and not own.reduction & own.output:
+            return self.read(view, own._replace(batch=batch | view.mixed), _PRODUCT)
         if not view.mixed:
-            level = _PRODUCT if reduction and output else _VECTOR
-            return self.read(view, reduction, batch, output, level)
-        own_reduction, own_output = reduction - view.mixed, output - view.mixed
-        if own_reduction and own_output and not own_reduction & own_output:
-            reduction, batch, output = own_reduction, batch | view.mixed, own_output
-        elif own_reduction or own_output:  # by the product with other weights
-            reduction, output = view.mixed - batch, own_reduction | own_output
-        if reduction and output:
-            return self.read(view, reduction, batch, output, _MIXED_PRODUCT)
-        return self.statistic(view)
+            return self.read(view, own, _PRODUCT)
+        if own.reduction or own.output:  # the product with other weights was one with a matrix
+            reduction, output = view.mixed - batch, own.reduction | own.output
+        if not reduction or not output:
+            return self.statistic(view)
+        return self.read(view, _Roles(reduction, batch, output), _PRODUCT)
 
-    def activate(self, view: _View) -> "_Use | None":
-        """Notes that entries that met the data are a bias or a gain."""
-        if view.use and view.use.level in (_ENTRIES, _MIXED_ENTRIES):
-            level = _PRODUCT if view.use.level == _ENTRIES else _MIXED_PRODUCT
-            return self.note(view.use._replace(level=level))
+    def activate(self, view: _View) -> Iterable[_View]:
+        """Notes that entries that met the data are a bias or a gain: they are not followed."""
+        if view.use and view.use.kind == _ENTRIES:
+            self.note(view.use._replace(kind=_PRODUCT, is_activation=True))
+        return []
 
-    def read(
-        self, view: _View, reduction: _Axes, batch: _Axes, output: _Axes, level: int
-    ) -> "_Use":
+    def read(self, view: _View, roles: _Roles, kind: int) -> "_Use":
+        """Notes what an operation does with a leaf."""
         leaf, every = view.leaf, frozenset(range(len(view.leaf.shape)))
+        reduction, batch, output = roles
+        # Where an axis has been split, its parts can have different roles; not so if its entries
+        # were laid out anew.
+        batch -= view.looked_up & (reduction | output)
+        split = _wide(leaf, (batch & reduction) | (batch & output) | (reduction & output))
         problem = ""
-        # Where an axis has been split, its parts can have different roles.
-        split = _wide(leaf, (batch & reduction) | (batch & output) | (reduction & output))
-        batch = batch - (split & view.looked_up)  # its entries were laid out anew
-        split = _wide(leaf, (batch & reduction) | (batch & output) | (reduction & output))
         if split and self.eqns[-1].primitive.name == "conv_general_dilated":
             vectors = MuonDimensionNumbers((), tuple(sorted(every - split)))
             problem = (
@@ -828,40 +795,35 @@ class _Interpreter:
         if not reduction or not output:  # a vector, whichever axes of size 1 were left out
             reduction, output = frozenset(), every - batch
         axes = tuple(sorted(reduction)), tuple(sorted(output))
-        return self.note(self.use(view, level, axes, problem))
-
-    def use(self, view: _View, level: int, axes: Any = ((), ()), problem: str = "") -> "_Use":
-        return _Use(view.leaf, tuple(self.eqns), level, axes, problem)
+        return self.note(_Use(leaf, tuple(self.eqns), kind, problem, axes, len(view.mixed)))
 
     def statistic(self, view: _View) -> "_Use":
-        return self.note(self.use(view, _STATISTICS, problem="uses nothing but a statistic of it"))
+        problem = "uses nothing but a statistic of it"
+        return self.note(_Use(view.leaf, tuple(self.eqns), _STATISTIC, problem))
+
+    def unknown(self, operands: Sequence[_Value], shape: tuple[int, ...]) -> tuple[_View, ...]:
+        """What an operation that cannot be followed makes: a problem where the data meets it."""
+        axes, problem = tuple(map(_broadcast, shape)), "is an operation that cannot be followed"
+        views = (view for operand in operands for view in operand.views)
+        unknown = [
+            _View(v.leaf, axes, use=v.use or _Use(v.leaf, tuple(self.eqns), _PRODUCT, problem))
+            for v in views
+            if not v.has_met
+        ]
+        if not any(operand.data for operand in operands):
+            return _unique(unknown)
+        for view in unknown:
+            self.entries(view, _PRODUCT)
+        return ()
 
     def note(self, use: "_Use") -> "_Use":
         self.uses.append(use)
         return use
 
-    def unknown(self, operands: Sequence[_Value], shape: tuple[int, ...]) -> tuple[_View, ...]:
-        """Leaves in a value that cannot be followed: a problem if the data meets them."""
-        views = []
-        for i, operand in enumerate(operands):
-            is_met = any(other.data for j, other in enumerate(operands) if j != i)
-            for view in operand.views:
-                if view.use and not view.use.problem:
-                    continue
-                problem = "is an operation that cannot be followed"
-                use = view.use or self.use(view, _PRODUCT, problem=problem)
-                if is_met:
-                    self.note(use)
-                else:
-                    axes = tuple(map(_broadcast, shape))
-                    views.append(_View(view.leaf, axes, use=use))
-        return _unique(views)
-
 
 # What the uses of a leaf come to.
 
-# Which uses count: those of the highest level that a leaf has.
-_STATISTICS, _MIXED_ENTRIES, _ENTRIES, _MIXED_PRODUCT, _VECTOR, _PRODUCT = range(6)
+_STATISTIC, _ENTRIES, _PRODUCT = range(3)
 
 
 class _Use(NamedTuple):
@@ -869,9 +831,20 @@ class _Use(NamedTuple):
 
     leaf: _Leaf
     eqns: tuple[JaxprEqn, ...]  # the operation, and before it its callers
-    level: int
-    axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
+    kind: int
     problem: str = ""
+    axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
+    num_mixed: int = 0  # axes that had been summed, alone or with other weights
+    is_activation: bool = False
+
+    @property
+    def rank(self) -> tuple[int, int, bool]:
+        """What counts is a product, of the leaf as it is, and one with a matrix."""
+        return (
+            self.kind,
+            -self.num_mixed,
+            self.is_activation or all(self.axes) or bool(self.problem),
+        )
 
     @property
     def sides(self) -> frozenset[_Axes]:
@@ -897,7 +870,8 @@ def _agreed(leaf: _Leaf, uses: list[_Use]) -> MuonDimensionNumbers | str:
             f"{name} never meets an input. Let fn be the training loss, and pass it the batch as "
             f"an argument: arrays that fn closes over are constants. {remedy}"
         )
-    uses = [use for use in uses if use.level == max(use.level for use in uses)]
+    rank = max(use.rank for use in uses)
+    uses = [use for use in uses if use.rank == rank]
     for use in uses:
         if use.problem and len(_wide(leaf, range(len(leaf.shape)))) < 2:
             return MuonDimensionNumbers((), tuple(range(len(leaf.shape))))

@@ -1,8 +1,8 @@
 """Random programs, whose right reading is known from how they were made.
 
-A leaf is drawn with a role for each of its axes. Steps that leave the roles as they are follow, as
-layout, arithmetic, masks, products with constants and other weights; then the leaf meets the data as
-its roles say, and the result goes on through a network.
+A leaf is drawn with a role for each of its axes. Steps that leave the roles as they are follow:
+layout, arithmetic, masks, products with constants and with other weights. Then the leaf meets the
+data as its roles say, and the result goes on through a network.
 """
 
 import string
@@ -93,11 +93,11 @@ class Program:
     def product(self):
         letters = dict(enumerate(string.ascii_lowercase[: len(self.roles)]))
         named = [letters[i] for i, role in enumerate(self.roles) if role in (REDUCTION, BATCH)]
-        sizes = {letters[i]: size for i, size in enumerate(self.shape)}
+        sizes = {"z": 5} | {letters[i]: size for i, size in enumerate(self.shape)}
         named = ["z", *(named[i] for i in self.random.permutation(len(named)))]
         out = [letters[i] for i, role in enumerate(self.roles) if role != REDUCTION]
         out = ["z", *(out[i] for i in self.random.permutation(len(out)))]
-        x = self.input([{"z": 5, **sizes}[letter] for letter in named])
+        x = self.input([sizes[letter] for letter in named])
         mine, of_x = "".join(letters.values()), "".join(named)
         if self.chance(0.2):  # a weight of each sample
             mine = "z" + mine
@@ -110,10 +110,10 @@ class Program:
 
             def by_hand(w, p, a):
                 data = jnp.einsum(f"{of_x}->{''.join(c for c in every if c in named)}", a[x])
-                data = data.reshape([n if c in named else 1 for c, n in zip(every, data_shape, strict=False)])
+                shape = [n if c in named else 1 for c, n in sizes.items()]
+                data = data.reshape(shape)
                 return (data * w).sum(summed)
 
-            data_shape = [5, *self.shape]
             self.log.append("by hand")
             self.add(by_hand)
         else:
@@ -365,7 +365,7 @@ STEPS = [
 ]
 
 
-NOT_LINEAR = [arithmetic, standardize, normalize, call, branch]
+NOT_LINEAR = [arithmetic, standardize, normalize, call, branch, low_rank]
 
 
 def sides(shape, numbers):
