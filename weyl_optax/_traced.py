@@ -1,18 +1,18 @@
 """How the leaves of a parameter tree are read from the program that uses them.
 
-A leaf is read by the product in which it meets the data, which is all that depends on the inputs.
-An axis that the product sums is reduced; an axis along which the data does not vary goes out; an
-axis that both have and that stays is a batch axis, and so is one that was scanned over or indexed.
-A leaf without a reduction or an output is a vector of all its axes: a bias, a gain. On its way, a
-leaf stays itself under layout and arithmetic. A product with a constant gives its axes the names of
-those that it sums; so does one with other weights, but an axis that those have summed is only a
-side of the matrix if the leaf has no axis of its own there, as in LoRA, and else a batch axis, as
-in a mixture. Rows that the data picks, by an index or by shares as those of a softmax, are
-reduced along the picked axis, unless what comes out is a matrix that multiplies the data in turn:
-then it was an axis of experts. Entries that meet the data one by one are followed too, since a
-masked weight still multiplies: they make a vector where no product follows. What counts first is a
-product, then one of a recombined leaf, then entries, last statistics; so no penalty undoes a
-reading. An axis of size 1 belongs to nothing. Leaves of rank 0 and 1 have one reading.
+A leaf is read by the product in which it meets the data, which is what depends on the inputs. Of
+its axes, those that the product sums are reduced, those along which the data does not vary are the
+output, and those that both have and keep are batch axes, as are axes that are scanned over or
+indexed. Without a reduction or an output it is a vector of all its axes: a bias or a gain. On its
+way to the data a leaf stays what it is under layout, arithmetic and masks. A product with a
+constant hands the axes that it sums on to those that take their place. A product with other
+weights does too, but what it has summed is a side of the matrix only where the leaf has no axis of
+its own for it, as in LoRA, and otherwise a batch axis, as in a mixture. Rows that the data picks,
+by indices or by shares such as those of a softmax, are reduced along the axis that is picked,
+unless they are matrices that multiply the data in turn: then they are experts, and it is a batch
+axis. A product counts before entries that meet the data one by one, and those before a statistic,
+so that no mask and no penalty undoes a reading; among products, that of the leaf as it is comes
+first. An axis of size 1 belongs to nothing, and a leaf with one axis or none has one reading.
 
 The jaxpr of the loss is interpreted with abstract values that know which axes of which leaves they
 hold, and along which of their own axes the data varies.
@@ -99,28 +99,27 @@ def dimension_numbers_from(
         for path, (_, array) in zip(paths, entries, strict=True)
         if _is_array(array) and jnp.issubdtype(array.dtype, jnp.inexact) and path not in numbers
     }
-    for path, leaf in list(leaves.items()):
-        if len(leaf.shape) < 2:  # a scalar or a vector, whatever the program does
-            numbers[path] = MuonDimensionNumbers((), tuple(range(len(leaf.shape))))
-            del leaves[path]
     operands = [
-        _Value((_View.of(leaves[path]),) if path in leaves else (), is_weight=True)
+        _Value(_views(leaves.get(path)), is_weight=True)
         for path, (_, array) in zip(paths, entries, strict=True)
         if _is_array(array)
     ]
     jaxpr = _trace(fn, params, args, kwargs)
     inputs = [_Value(data=_varying(shape)) for shape in _shapes(jaxpr.invars[len(operands) :])]
     interpreter = _Interpreter()
-    for value in interpreter.run(jaxpr, operands + inputs):
-        for view in value.views:
-            if view.axes:
+    for output in interpreter.run(jaxpr, operands + inputs):
+        for view in output.views:
+            if view.axes:  # the loss itself says nothing
                 interpreter.activate(view)
     uses = [use for use in interpreter.uses if use not in interpreter.superseded]
 
     problems = []
     for path, leaf in leaves.items():
+        every = range(len(leaf.shape))
         numbers[path] = _agreed(leaf, [use for use in uses if use.leaf == leaf])
-        if isinstance(numbers[path], str):
+        if isinstance(numbers[path], str) and len(_wide(leaf, every)) < 2:
+            numbers[path] = MuonDimensionNumbers((), tuple(every))
+        elif isinstance(numbers[path], str):
             problems.append(numbers[path])
     if problems:
         raise ValueError("\n".join(problems))
@@ -185,6 +184,7 @@ class _View(NamedTuple):
     batch: _Axes = frozenset()  # axes of the leaf that were scanned over or indexed
     looked_up: _Axes = frozenset()  # that arrays of indices select from
     mixed: _Axes = frozenset()  # that were summed, alone or with other weights
+    mixed_first: _Axes = frozenset()  # by the first of these sums
     scaled: _Axes = frozenset()  # that the data multiplied, without varying along the others
     by_shares: bool = False  # what multiplied them
     use: "_Use | None" = None  # in which it met the data, or that cannot be followed
@@ -193,10 +193,6 @@ class _View(NamedTuple):
     def has_met(self) -> bool:
         """Whether it has met the data, and is followed for a product to come."""
         return self.use is not None and not self.use.problem
-
-    @classmethod
-    def of(cls, leaf: _Leaf) -> "_View":
-        return cls(leaf, tuple((_Piece(frozenset([i]), n),) for i, n in enumerate(leaf.shape)))
 
     def rearrange(self, axes: Iterable[_Axis]) -> "_View":
         """With other axes. A leaf's axis that they leave out was sliced to size 1: an index."""
@@ -208,6 +204,10 @@ class _View(NamedTuple):
         """At one index of these axes."""
         axes = tuple(axis for i, axis in enumerate(self.axes) if i not in dropped)
         return self._replace(axes=axes, batch=self.batch | _held(self.axes[i] for i in dropped))
+
+    def mix(self, axes: _Axes) -> "_View":
+        """With axes of the leaf summed."""
+        return self._replace(mixed=self.mixed | axes, mixed_first=self.mixed_first or axes)
 
     def insert(self, position: int, size: int) -> "_View":
         """Broadcast over an axis more."""
@@ -230,6 +230,14 @@ class _View(NamedTuple):
             return self.resize(shape)
         pairs = zip(self.axes, shape, strict=True)
         return self.rearrange(a if _size(a) == size else _broadcast(size) for a, size in pairs)
+
+
+def _views(leaf: _Leaf | None) -> tuple[_View, ...]:
+    """A leaf itself, if it is followed: that of one axis or none has one reading."""
+    if leaf is None or len(leaf.shape) < 2:
+        return ()
+    axes = tuple((_Piece(frozenset([i]), size),) for i, size in enumerate(leaf.shape))
+    return (_View(leaf, axes),)
 
 
 def _wide(leaf: _Leaf, axes: Iterable[int]) -> _Axes:
@@ -554,7 +562,7 @@ class _Interpreter:
                 if name not in _LINEAR and (view.has_met or view.scaled):
                     continue
                 if others.data and not view.has_met:
-                    met = self.meet(view, others, scales, spanned)
+                    met = self.meet(view, others, others.data.axes, scales, spanned)
                     views += met if name in _LINEAR else []
                 else:
                     views.append(view)
@@ -564,21 +572,19 @@ class _Interpreter:
         is_share = name in _MAKE_SHARES or (result.is_share and name in _KEEP_SHARES)
         return result._replace(views=_unique(views), is_share=is_share)
 
-    def meet(self, view: _View, others: _Value, scales: bool, spanned: set[int]) -> Iterable[_View]:
+    def meet(
+        self, view: _View, others: _Value, data: Sequence[_Axis], scales: bool, spanned: set[int]
+    ) -> Iterable[_View]:
         """Notes that entries of a leaf meet data of their shape, and gives what is followed."""
         use = self.entries(view, _ENTRIES)
-        held, others_axes = (
-            _wide(view.leaf, _held(view.axes)),
-            others.data.axes if others.data else (),
-        )
-        if view.use or not held or len(view.axes) != len(others_axes):
+        held = _wide(view.leaf, _held(view.axes))
+        if view.use or not held or len(view.axes) != len(data):
             return []
-        is_weight = any(not other.use for other in others.views)  # which the data has scaled
-        if is_weight or not _held(others_axes):  # or the data is a scalar, such as a loss scale
-            return [view]
-        data = [i for i, axis in enumerate(others_axes) if _held([axis])]
-        varied = held & _held(view.axes[i] for i in data)
-        is_of_each_sample = not spanned.issuperset(data)
+        if not _held(data) or any(not other.use for other in others.views):
+            return [view]  # the data is a scalar, as a loss scale, or it is in another weight
+        along = [i for i, axis in enumerate(data) if _held([axis])]
+        varied = held & _held(view.axes[i] for i in along)
+        is_of_each_sample = not spanned.issuperset(along)
         if scales and (varied < held or not is_of_each_sample):  # a scale or a mask of the weight
             by_shares = others.is_share and (view.by_shares or not view.scaled)
             scaled = view.scaled | (varied if varied < held else frozenset())
@@ -603,7 +609,7 @@ class _Interpreter:
                 data = _Value(data=_varying(()), is_share=view.by_shares)
                 views += self.contract(view, data, roles, result)
             else:
-                views.append(result._replace(mixed=view.mixed | lost))
+                views.append(result.mix(lost))
         result = operand.map(lambda view: view.drop(*dropped))._replace(views=_unique(views))
         return result._replace(is_share=operand.is_share and eqn.primitive.name in _KEEP_SHARES)
 
@@ -664,7 +670,7 @@ class _Interpreter:
             if other.is_weight:
                 batch, lost = view.batch | roles.batch, roles.reduction
                 result = result._replace(batch=batch)
-            return [result._replace(mixed=view.mixed | lost)]
+            return [result.mix(lost)]
         use = self.matrix(view, other, roles, is_row)
         if view.use or not other.is_share or not roles.reduction:
             return []
@@ -729,8 +735,11 @@ class _Interpreter:
             return self.note(view.use)
         if not held and _wide(view.leaf, frozenset(range(len(view.leaf.shape))) - view.batch):
             return self.statistic(view)
-        reduction = (view.looked_up or view.mixed) - view.batch
-        output = (held | view.mixed) - reduction - view.batch
+        axes = (held | view.mixed) - view.batch
+        reduction = (
+            view.looked_up or (view.mixed if held - view.mixed else view.mixed_first)
+        ) & axes
+        output = axes - reduction
         return self.read(view, _Roles(reduction, view.batch, output), kind)
 
     def matrix(
@@ -762,11 +771,12 @@ class _Interpreter:
             return self.read(view, own._replace(batch=batch | view.mixed), _PRODUCT)
         if not view.mixed:
             return self.read(view, own, _PRODUCT)
-        if own.reduction or own.output:  # the product with other weights was one with a matrix
-            reduction, output = view.mixed - batch, own.reduction | own.output
-        if not reduction or not output:
+        # A product with other weights was one with a matrix, of one side or both.
+        sides = own.reduction | own.output or view.mixed - view.mixed_first
+        reduction = (view.mixed if own.reduction | own.output else view.mixed_first) - batch
+        if not reduction or not sides:
             return self.statistic(view)
-        return self.read(view, _Roles(reduction, batch, output), _PRODUCT)
+        return self.read(view, _Roles(reduction, batch, sides - reduction), _PRODUCT)
 
     def activate(self, view: _View) -> Iterable[_View]:
         """Notes that entries that met the data are a bias or a gain: they are not followed."""
@@ -873,8 +883,6 @@ def _agreed(leaf: _Leaf, uses: list[_Use]) -> MuonDimensionNumbers | str:
     rank = max(use.rank for use in uses)
     uses = [use for use in uses if use.rank == rank]
     for use in uses:
-        if use.problem and len(_wide(leaf, range(len(leaf.shape)))) < 2:
-            return MuonDimensionNumbers((), tuple(range(len(leaf.shape))))
         if use.problem:
             return f"{name} cannot be read: {use}. {remedy}"
         if use.sides != uses[0].sides:

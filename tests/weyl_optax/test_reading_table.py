@@ -1286,6 +1286,99 @@ def tensor_parallel(p, x):
     return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(*pad, x)
 
 
+# Whole models.
+
+
+def transformer(p, tokens):
+    x = p["e"][tokens] + p["pos"]
+    y = norm(x)
+    x = x + jax.nn.softmax((y @ p["q"]) @ (y @ p["k"]).mT) @ (y @ p["v"])
+    x = x + jax.nn.gelu(norm(x) @ p["up"]) @ p["down"]
+    return norm(x).mean(-2) @ p["head"]
+
+
+TRANSFORMER = {
+    "e": ((v, d), DENSE),
+    "pos": ((t, d), vector(0, 1)),
+    "up": ((d, f), DENSE),
+    "down": ((f, d), DENSE),
+    "head": ((d, 3), DENSE),
+    **dict.fromkeys("qkv", ((d, d), DENSE)),
+}
+
+
+@program(tokens, **TRANSFORMER)
+def transformer_of_a_batch(p, tokens):
+    return transformer(p, tokens)
+
+
+@program(i32(t), **TRANSFORMER)
+def transformer_of_one_sequence(p, tokens):
+    return transformer(p, tokens)
+
+
+@program(tokens, **TRANSFORMER)
+def transformer_by_vmap(p, tokens):
+    return jax.vmap(transformer, (None, 0))(p, tokens)
+
+
+@program(x, encoder=((d, k), DENSE), codes=((v, k), DENSE), decoder=((k, d), DENSE))
+def vq_vae(p, x):
+    z = x @ p["encoder"]
+    q = p["codes"][jnp.argmin(((z[:, None] - p["codes"]) ** 2).sum(-1), -1)]
+    straight = z + lax.stop_gradient(q - z)
+    return square(straight @ p["decoder"] - x) + square(lax.stop_gradient(z) - q)
+
+
+@program(seq, queries=((3, d), vector(0, 1)), q=((d, d), DENSE), k=((d, d), DENSE))
+def detr_decoder(p, x):
+    y = jnp.zeros((b, 3, d))
+    for _ in range(2):
+        y = y + jax.nn.softmax(((y + p["queries"]) @ p["q"]) @ (x @ p["k"]).mT) @ x
+    return y
+
+
+@program(seq, w1=((4, 8), DENSE), w2=((8, 9), DENSE), w3=((9, d), DENSE))
+def hyena_filter(p, x):
+    """A network of constant positions makes the filter."""
+    filters = jnp.sin(jnp.sin(jnp.ones((t, 4)) @ p["w1"]) @ p["w2"]) @ p["w3"]
+    spectrum = jnp.fft.rfft(x, 2 * t, axis=1) * jnp.fft.rfft(filters, 2 * t, axis=0)
+    return jnp.fft.irfft(spectrum, axis=1)[:, :t]
+
+
+@program(f32(b, h, t, t), w1=((2, 8), DENSE), w2=((8, h), DENSE))
+def continuous_position_bias_of_swin(p, scores):
+    table = jax.nn.relu(jnp.ones((2 * t - 1, 2)) @ p["w1"]) @ p["w2"]
+    return jax.nn.softmax(scores + table[DISTANCES].transpose(2, 0, 1))
+
+
+@program(x, r=((3, d), vector(0, 1)), s=((3, f), vector(0, 1)), w=((d, f), DENSE))
+def batch_ensemble(p, x):
+    return jnp.tanh(((x[None] * p["r"][:, None]) @ p["w"]) * p["s"][:, None])
+
+
+@program(tokens, prompt=((3, d), vector(0, 1)), e=((v, d), DENSE), w=((d, f), DENSE))
+def soft_prompt(p, tokens):
+    prompt = jnp.broadcast_to(p["prompt"], (b, 3, d))
+    return jnp.concatenate([prompt, p["e"][tokens]], 1) @ p["w"]
+
+
+@program(seq, i32(b, 3), w=((d, d), DENSE), pos=((t, d), vector(0, 1)), u=((d, d), DENSE))
+def masked_autoencoder(p, x, kept):
+    return jnp.take_along_axis(x @ p["w"] + p["pos"], kept[..., None], 1) @ p["u"]
+
+
+@program(i32(4, b, 8), f32(b, 8), tables=((4, v, 2), EXPERTS))
+def hash_grids(p, corners, weights):
+    rows = jax.vmap(lambda table, i: table[i])(p["tables"], corners)
+    return jnp.einsum("lbcf,bc->blf", rows, weights)
+
+
+@program(f32(b, v, d), e1=((v, k), TRANSPOSED), e2=((v, k), DENSE), w=((d, f), DENSE))
+def adaptive_adjacency(p, x):
+    return jax.nn.softmax(p["e1"] @ p["e2"].T) @ x @ p["w"]
+
+
 def sides(shape, reading):
     wide = [frozenset(axis for axis in side if shape[axis] > 1) for side in reading]
     return frozenset(filter(None, wide))
