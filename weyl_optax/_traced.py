@@ -42,8 +42,8 @@ def dimension_numbers_from(
     """Read each leaf of params as the matrix by which a function multiplies its inputs.
 
     ``fn(params, *args, **kwargs)`` is traced, not run. Each leaf is followed through
-    casts, transposes, reshapes, loops and nested calls, and through arithmetic with
-    constants and other leaves, to the operation in which it meets the inputs:
+    casts, transposes, reshapes, loops and nested calls, and through arithmetic and products
+    with constants and other leaves, to the operation in which it meets the inputs:
 
     =============================  ======================  ===============
     operation                      reduction axes          output axes
@@ -55,9 +55,11 @@ def dimension_numbers_from(
     anything elementwise           none                    all
     =============================  ======================  ===============
 
-    Axes that are scanned over, indexed, or batch axes of the product are batch axes. Members
-    under a :func:`jax.vmap` that all take the same input are one matrix with more outputs:
-    where each is to be a matrix of its own, say so in `overrides`.
+    Axes that are scanned over, indexed, or batch axes of the product are batch axes. What is
+    elementwise, as a mask, or meets no product with the inputs, as a penalty, counts where
+    nothing else does. Axes of size 1 count on neither side. Members under a :func:`jax.vmap`
+    that all take the same input are one matrix with more outputs: where each is to be a matrix
+    of its own, say so in `overrides`.
 
     Args:
         fn: The training loss, or the model's call, of any framework.
@@ -75,8 +77,8 @@ def dimension_numbers_from(
         array of floats.
 
     Raises:
-        ValueError: If a leaf is not used, or in two ways, or in a way that is not known;
-            or if a pattern matches no path.
+        ValueError: If a leaf with several axes is not used, or in two ways, or in a way that is
+            not known; or if a pattern matches no path.
 
     Example:
         >>> import jax
@@ -341,7 +343,7 @@ def _unique(views: Iterable[_View]) -> tuple[_View, ...]:
 _IDENTITIES = frozenset(
     "convert_element_type copy copy_p device_put layout_constraint mesh_cast name "
     "optimization_barrier pvary reduce_precision reshard rev sharding_constraint "
-    "sort stop_gradient".split()
+    "stop_gradient".split()
 )
 # One output for one operand, with axes that may be shorter or longer.
 _RESIZINGS = frozenset("all_gather fft reduce_window_max reduce_window_sum slice split".split())
@@ -473,6 +475,9 @@ class _Interpreter:
             return [_Value(is_weight=is_weight)] * len(eqn.outvars)
         if name in _IDENTITIES:
             return operands
+        if name == "sort":  # all operands as the data orders the first
+            order = _Value(data=_join(*operands).data)
+            return [_join(order, operand) for operand in operands]
         if name in _ELEMENTWISE and name != "dot_general":
             return [self.elementwise(eqn, operands)]
         if name in _REDUCTIONS:
@@ -564,8 +569,10 @@ class _Interpreter:
                 if others.data and not view.has_met:
                     met = self.meet(view, others, others.data.axes, scales, spanned)
                     views += met if name in _LINEAR else []
-                else:
+                elif len(view.axes) == len(shape):
                     views.append(view)
+                else:
+                    views += self.unknown([operand], shape)
         result = _join(*operands)
         if result.data:
             result = result._replace(data=_join(result, *constants).data)
