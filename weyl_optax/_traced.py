@@ -161,7 +161,6 @@ class _Piece(NamedTuple):
 
 
 _Axes: TypeAlias = frozenset[int]  # of a leaf
-_TwoSides: TypeAlias = Sequence[Sequence[int]]  # axes of lhs and of rhs
 _Axis: TypeAlias = tuple[_Piece, ...]  # from major to minor; the product of their sizes is its size
 
 
@@ -596,7 +595,7 @@ class _Interpreter:
             by_shares = others.is_share and (view.by_shares or not view.scaled)
             scaled = view.scaled | (varied if varied < held else frozenset())
             return [view._replace(scaled=scaled, by_shares=by_shares)]
-        view = view._replace(use=use)
+        view = view._replace(use=use._replace(is_activation=is_of_each_sample))
         if scales or varied < held or not is_of_each_sample:
             return [view]
         return self.activate(view)
@@ -728,8 +727,7 @@ class _Interpreter:
 
     def look_up(self, view: _View, axes: list[int], by_input: bool) -> _View:
         """Some entries of these axes. By constant indices, they may yet be a part of a weight."""
-        is_activation = view.use and not all(_held([axis]) for axis in view.axes)
-        if not axes or is_activation or (view.use and view.use.kind != _ENTRIES):
+        if not axes or (view.use and (view.use.kind != _ENTRIES or view.use.is_activation)):
             return view
         looked_up = view.looked_up | _held(view.axes[i] for i in axes)
         view = view._replace(looked_up=looked_up)
@@ -852,7 +850,7 @@ class _Use(NamedTuple):
     problem: str = ""
     axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
     num_mixed: int = 0  # axes that had been summed, alone or with other weights
-    is_activation: bool = False
+    is_activation: bool = False  # of entries that met the data: they make no weight
 
     @property
     def rank(self) -> tuple[int, int, bool]:

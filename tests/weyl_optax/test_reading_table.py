@@ -1379,6 +1379,29 @@ def adaptive_adjacency(p, x):
     return jax.nn.softmax(p["e1"] @ p["e2"].T) @ x @ p["w"]
 
 
+case(
+    "rows in the order of data",
+    lambda w, s: jnp.tanh(w[jnp.argsort(s)]) @ jnp.ones((d, 2)),
+    (v, d),
+    DENSE,
+    f32(v),
+)
+case(
+    "weight put into a larger one",
+    lambda w, x: x @ jnp.zeros((3, d, f)).at[0].set(w),
+    (d, f),
+    NOTHING,
+    x,
+)
+case(
+    "triangular solve",
+    lambda w, x: jax.scipy.linalg.solve_triangular(w, x.T),
+    (d, d),
+    NOTHING,
+    x,
+)
+
+
 def sides(shape, reading):
     wide = [frozenset(axis for axis in side if shape[axis] > 1) for side in reading]
     return frozenset(filter(None, wide))
