@@ -1,8 +1,21 @@
 """How the leaves of a parameter tree are read from the program that uses them.
 
-The jaxpr of a loss is interpreted with abstract values: each knows whether it depends on the
-inputs, of which leaves it is made, and which of their axes it holds in its own. Where a leaf meets
-the inputs, the dimension numbers of that operation tell its reduction, output and batch axes.
+A leaf is read by the product in which it meets the data, which is what depends on the inputs. Of
+its axes, those that the product sums are reduced, those along which the data does not vary are the
+output, and those that both have and keep are batch axes, as are axes that are scanned over or
+indexed. Without a reduction or an output it is a vector of all its axes: a bias or a gain. On its
+way to the data a leaf stays what it is under layout, arithmetic and masks. A product with a
+constant hands the axes that it sums on to those that take their place. A product with other
+weights does too, but what it has summed is a side of the matrix only where the leaf has no axis of
+its own for it, as in LoRA, and otherwise a batch axis, as in a mixture. Rows that the data picks,
+by indices or by shares such as those of a softmax, are reduced along the axis that is picked,
+unless they are matrices that multiply the data in turn: then they are experts, and it is a batch
+axis. A product counts before entries that meet the data one by one, and those before a statistic,
+so that no mask and no penalty undoes a reading; among products, that of the leaf as it is comes
+first. An axis of size 1 belongs to nothing, and a leaf with one axis or none has one reading.
+
+The jaxpr of the loss is interpreted with abstract values that know which axes of which leaves they
+hold, and along which of their own axes the data varies.
 """
 
 import math
@@ -29,8 +42,8 @@ def dimension_numbers_from(
     """Read each leaf of params as the matrix by which a function multiplies its inputs.
 
     ``fn(params, *args, **kwargs)`` is traced, not run. Each leaf is followed through
-    casts, transposes, reshapes, loops and nested calls, and through arithmetic with
-    constants and other leaves, to the operation in which it meets the inputs:
+    casts, transposes, reshapes, loops and nested calls, and through arithmetic and products
+    with constants and other leaves, to the operation in which it meets the inputs:
 
     =============================  ======================  ===============
     operation                      reduction axes          output axes
@@ -42,9 +55,11 @@ def dimension_numbers_from(
     anything elementwise           none                    all
     =============================  ======================  ===============
 
-    Axes that are scanned over, indexed, or batch axes of the product are batch axes. Members
-    under a :func:`jax.vmap` that all take the same input are one matrix with more outputs:
-    where each is to be a matrix of its own, say so in `overrides`.
+    Axes that are scanned over, indexed, or batch axes of the product are batch axes. What is
+    elementwise, as a mask, or meets no product with the inputs, as a penalty, counts where
+    nothing else does. Axes of size 1 count on neither side. Members under a :func:`jax.vmap`
+    that all take the same input are one matrix with more outputs: where each is to be a matrix
+    of its own, say so in `overrides`.
 
     Args:
         fn: The training loss, or the model's call, of any framework.
@@ -62,8 +77,8 @@ def dimension_numbers_from(
         array of floats.
 
     Raises:
-        ValueError: If a leaf is not used, or in two ways, or in a way that is not known;
-            or if a pattern matches no path.
+        ValueError: If a leaf with several axes is not used, or in two ways, or in a way that is
+            not known; or if a pattern matches no path.
 
     Example:
         >>> import jax
@@ -87,19 +102,26 @@ def dimension_numbers_from(
         if _is_array(array) and jnp.issubdtype(array.dtype, jnp.inexact) and path not in numbers
     }
     operands = [
-        _Value(views=(_View.of(leaves[path]),)) if path in leaves else _Value()
+        _Value(_views(leaves.get(path)), is_weight=True)
         for path, (_, array) in zip(paths, entries, strict=True)
         if _is_array(array)
     ]
     jaxpr = _trace(fn, params, args, kwargs)
-    inputs = [_Value(is_input=True)] * (len(jaxpr.invars) - len(operands))
+    inputs = [_Value(data=_varying(shape)) for shape in _shapes(jaxpr.invars[len(operands) :])]
     interpreter = _Interpreter()
-    interpreter.run(jaxpr, operands + inputs)
+    for output in interpreter.run(jaxpr, operands + inputs):
+        for view in output.views:
+            if view.axes:  # the loss itself says nothing
+                interpreter.activate(view)
+    uses = [use for use in interpreter.uses if use not in interpreter.superseded]
 
     problems = []
     for path, leaf in leaves.items():
-        numbers[path] = _agreed(leaf, [use for use in interpreter.uses if use.leaf == leaf])
-        if isinstance(numbers[path], str):
+        every = range(len(leaf.shape))
+        numbers[path] = _agreed(leaf, [use for use in uses if use.leaf == leaf])
+        if isinstance(numbers[path], str) and len(_wide(leaf, every)) < 2:
+            numbers[path] = MuonDimensionNumbers((), tuple(every))
+        elif isinstance(numbers[path], str):
             problems.append(numbers[path])
     if problems:
         raise ValueError("\n".join(problems))
@@ -139,8 +161,20 @@ class _Piece(NamedTuple):
 
 
 _Axes: TypeAlias = frozenset[int]  # of a leaf
-_TwoSides: TypeAlias = Sequence[Sequence[int]]  # axes of lhs and of rhs
 _Axis: TypeAlias = tuple[_Piece, ...]  # from major to minor; the product of their sizes is its size
+
+
+class _Roles(NamedTuple):
+    """What a product does with the axes of a leaf."""
+
+    reduction: _Axes
+    batch: _Axes
+    output: _Axes
+
+    @classmethod
+    def of(cls, axes: Sequence[_Axis], reduced: Iterable[int], batch: Iterable[int]) -> "_Roles":
+        others = {*range(len(axes))} - {*reduced, *batch}
+        return cls(*(_held(axes[i] for i in side) for side in (reduced, batch, others)))
 
 
 class _View(NamedTuple):
@@ -148,13 +182,18 @@ class _View(NamedTuple):
 
     leaf: _Leaf
     axes: tuple[_Axis, ...]
-    batch: frozenset[int] = frozenset()  # axes of the leaf that were scanned over or indexed
-    looked_up: frozenset[int] = frozenset()  # axes of the leaf that arrays of indices select from
-    is_noted: bool = False  # it met an input already, and is followed for a product to come
+    batch: _Axes = frozenset()  # axes of the leaf that were scanned over or indexed
+    looked_up: _Axes = frozenset()  # that arrays of indices select from
+    mixed: _Axes = frozenset()  # that were summed, alone or with other weights
+    mixed_first: _Axes = frozenset()  # by the first of these sums
+    scaled: _Axes = frozenset()  # that the data multiplied, without varying along the others
+    by_shares: bool = False  # what multiplied them
+    use: "_Use | None" = None  # in which it met the data, or that cannot be followed
 
-    @classmethod
-    def of(cls, leaf: _Leaf) -> "_View":
-        return cls(leaf, tuple((_Piece(frozenset([i]), n),) for i, n in enumerate(leaf.shape)))
+    @property
+    def has_met(self) -> bool:
+        """Whether it has met the data, and is followed for a product to come."""
+        return self.use is not None and not self.use.problem
 
     def rearrange(self, axes: Iterable[_Axis]) -> "_View":
         """With other axes. A leaf's axis that they leave out was sliced to size 1: an index."""
@@ -166,6 +205,10 @@ class _View(NamedTuple):
         """At one index of these axes."""
         axes = tuple(axis for i, axis in enumerate(self.axes) if i not in dropped)
         return self._replace(axes=axes, batch=self.batch | _held(self.axes[i] for i in dropped))
+
+    def mix(self, axes: _Axes) -> "_View":
+        """With axes of the leaf summed."""
+        return self._replace(mixed=self.mixed | axes, mixed_first=self.mixed_first or axes)
 
     def insert(self, position: int, size: int) -> "_View":
         """Broadcast over an axis more."""
@@ -182,12 +225,27 @@ class _View(NamedTuple):
         )
         return self._replace(axes=tuple(axes))
 
+    def broadcast(self, shape: Sequence[int]) -> "_View":
+        """With axes of size 1 repeated; a scalar is too."""
+        if not self.axes:
+            return self.resize(shape)
+        pairs = zip(self.axes, shape, strict=True)
+        return self.rearrange(a if _size(a) == size else _broadcast(size) for a, size in pairs)
 
-def _wide(leaf: _Leaf, axes: Iterable[int]) -> frozenset[int]:
+
+def _views(leaf: _Leaf | None) -> tuple[_View, ...]:
+    """A leaf itself, if it is followed: that of one axis or none has one reading."""
+    if leaf is None or len(leaf.shape) < 2:
+        return ()
+    axes = tuple((_Piece(frozenset([i]), size),) for i, size in enumerate(leaf.shape))
+    return (_View(leaf, axes),)
+
+
+def _wide(leaf: _Leaf, axes: Iterable[int]) -> _Axes:
     return frozenset(axis for axis in axes if leaf.shape[axis] > 1)
 
 
-def _held(axes: Iterable[_Axis]) -> frozenset[int]:
+def _held(axes: Iterable[_Axis]) -> _Axes:
     """The axes of the leaf that some axes of a value run over."""
     return frozenset().union(*(piece.leaf_axes for axis in axes for piece in axis))
 
@@ -225,20 +283,53 @@ def _reshape(axes: Sequence[_Axis], shape: Sequence[int]) -> list[_Axis]:
     return reshaped
 
 
+_DATA = _Leaf("", (2,))  # as if the inputs were a leaf with one axis: values hold it or do not
+
+
+def _data(axes: Iterable[_Axis]) -> _View:
+    return _View(_DATA, tuple(_fuse([axis], _size(axis)) for axis in axes))
+
+
+def _varying(shape: Iterable[int]) -> _View:
+    """Data that varies along all axes."""
+    return _View(_DATA, tuple((_Piece(frozenset([0]), size),) for size in shape))
+
+
 class _Value(NamedTuple):
-    is_input: bool = False  # it depends on the inputs, and not on params and constants alone
-    views: tuple[_View, ...] = ()  # the leaves it is made of, if they met no input yet
+    views: tuple[_View, ...] = ()  # the leaves it is made of, if no product with the data has come
+    data: _View | None = None  # along which axes it varies with the inputs, if it does
+    is_weight: bool = False  # it depends on params
+    is_share: bool = False  # it is data in [0, 1], or sums and products of that: what mixes
 
     def map(self, fn: Callable[[_View], _View]) -> "_Value":
-        return self._replace(views=_unique(map(fn, self.views)))
+        data = self.data and _data(fn(self.data).axes)
+        return self._replace(views=_unique(map(fn, self.views)), data=data)
 
     def resize(self, shape: Sequence[int]) -> "_Value":
         return self.map(lambda view: view.resize(shape))
 
 
 def _join(*values: _Value) -> _Value:
+    """What is one of them, or made of all of them elementwise."""
     views = _unique(view for value in values for view in value.views)
-    return _Value(any(value.is_input for value in values), views)
+    data = [value.data.axes for value in values if value.data]
+    joined = _data(map(_overlay, *data)) if data else None
+    are_shares = all(value.is_share for value in values if value.data)
+    is_weight = any(value.is_weight for value in values)
+    return _Value(views, joined, is_weight, bool(data) and are_shares)
+
+
+def _number(shape: tuple[int, ...], value: _Value) -> _Value:
+    """What cannot be followed is a statistic, as a norm, when it has come to one number."""
+    if math.prod(shape) > 1:
+        return value
+    axes = tuple(map(_broadcast, shape))
+    views = (_View(v.leaf, axes) if v.use and v.use.problem else v for v in value.views)
+    return value._replace(views=_unique(views))
+
+
+def _overlay(*axes: _Axis) -> _Axis:
+    return _fuse(axes, _size(axes[0]))
 
 
 def _unique(views: Iterable[_View]) -> tuple[_View, ...]:
@@ -253,24 +344,33 @@ _IDENTITIES = frozenset(
     "optimization_barrier pvary reduce_precision reshard rev sharding_constraint "
     "stop_gradient".split()
 )
-# The operands have the axes of the output. Scalars are broadcast.
-_ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex "
-    "concatenate conj cos cosh cumlogsumexp cummax cummin cumprod cumsum digamma div "
-    "dynamic_update_slice eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow "
-    "is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pad pow real "
-    "rem round rsqrt scatter scatter-add select_n sign sin sinh sqrt square sub tan tanh "
-    "xor".split()
+# One output for one operand, with axes that may be shorter or longer.
+_RESIZINGS = frozenset("all_gather fft reduce_window_max reduce_window_sum slice split".split())
+# The operands have the axes of the output, in another size where they are put side by side.
+_CONCATENATIONS = frozenset("concatenate dynamic_update_slice pad scatter scatter-add".split())
+# Linear in each operand, or in what it divides.
+_LINEAR = _CONCATENATIONS | frozenset(
+    "add add_any conj cumsum div dot_general imag mul neg real select_n stack sub".split()
 )
-# Of weights alone they are statistics, such as the norm in weight normalization.
+# Scalars and axes of size 1 are broadcast.
+_ELEMENTWISE = _LINEAR | frozenset(
+    "abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp complex "
+    "cos cosh cumlogsumexp cummax cummin cumprod digamma "
+    "eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow "
+    "is_finite le lgamma log log1p logistic lt max min ne nextafter not or pow "
+    "rem round rsqrt sign sin sinh sqrt square tan tanh xor".split()
+)
+# Data becomes shares in the first, and stays them in the second, if all data in it is.
+_MAKE_SHARES = frozenset("eq exp exp2 ge gt le logistic lt ne".split())
+_KEEP_SHARES = frozenset("add div max mul reduce_max reduce_sum select_n".split())
 _REDUCTIONS = frozenset(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum "
     "reduce_xor".split()
 )
 
 
-def _layouts(eqn: JaxprEqn, view: _View) -> list[_View] | None:
-    """The views in the outputs of an equation that only lays out its operand, else None."""
+def _layouts(eqn: JaxprEqn, view: _View) -> list[_View]:
+    """The views in the outputs of an equation that only lays out its operand, else none."""
     params, axes = eqn.params, view.axes
     shapes = _shapes(eqn.outvars)
     match eqn.primitive.name:
@@ -291,11 +391,25 @@ def _layouts(eqn: JaxprEqn, view: _View) -> list[_View] | None:
         case "tile":
             repeated = zip(params["reps"], axes, strict=True)
             return [view.rearrange((*_broadcast(n), *axis) for n, axis in repeated)]
-        case "slice" | "split" | "all_gather" if len(axes) == len(shapes[0]):
+        case name if name in _RESIZINGS and len(axes) == len(shapes[0]):
             return [view.resize(shape) for shape in shapes]
         case "unstack":
             return [view.drop(params["axis"]) for _ in shapes]
-    return None
+    return []
+
+
+def _product_axes(eqn: JaxprEqn, view: _View, side: int) -> list[_Axis]:
+    """The axes of a product: those of its batch, of lhs, and of rhs.
+
+    Those of the other side run over the axes of the leaf that they have been contracted with.
+    """
+    contracted, batch = (sides[side] for sides in eqn.params["dimension_numbers"])
+    (shape,), shared = _shapes(eqn.outvars), [view.axes[i] for i in batch]
+    own = [axis for i, axis in enumerate(view.axes) if i not in (*contracted, *batch)]
+    others = [_fuse([view.axes[i] for i in contracted], size) for size in shape[len(shared) :]]
+    start = (len(others) - len(own)) * side
+    others[start : start + len(own)] = own
+    return [*shared, *others]
 
 
 def _body(eqn: JaxprEqn) -> Jaxpr | None:
@@ -318,6 +432,7 @@ class _Interpreter:
 
     def __init__(self):
         self.uses: list[_Use] = []
+        self.superseded: set[_Use] = set()  # lookups of experts
         self.eqns: list[JaxprEqn] = []  # the equation that is applied, and before it its callers
 
     def run(self, jaxpr: Jaxpr, operands: Sequence[_Value]) -> list[_Value]:
@@ -329,7 +444,8 @@ class _Interpreter:
 
         for eqn in jaxpr.eqns:
             self.eqns.append(eqn)
-            values.update(zip(eqn.outvars, self.apply(eqn, read(eqn.invars)), strict=True))
+            outputs = map(_number, _shapes(eqn.outvars), self.apply(eqn, read(eqn.invars)))
+            values.update(zip(eqn.outvars, outputs, strict=True))
             self.eqns.pop()
         return read(jaxpr.outvars)
 
@@ -343,43 +459,55 @@ class _Interpreter:
         if name == "cond":
             index, *rest = operands
             results = [self.run(branch.jaxpr, rest) for branch in params["branches"]]
-            return [_join(_Value(index.is_input), *each) for each in zip(*results, strict=True)]
+            joined = [_join(*each) for each in zip(*results, strict=True)]
+            if index.data:
+                shapes = _shapes(eqn.outvars)
+                joined = [v._replace(data=_varying(s)) for v, s in zip(joined, shapes, strict=True)]
+            return joined
         if body := _body(eqn):  # under shard_map, axes are shorter inside
             inside = list(map(_Value.resize, operands, _shapes(body.invars)))
             return list(map(_Value.resize, self.run(body, inside), _shapes(eqn.outvars)))
-
-        result = _Value(any(operand.is_input for operand in operands))
-        if name in _REDUCTIONS or not any(operand.views for operand in operands):
-            return [result] * len(eqn.outvars)
+        is_weight = any(operand.is_weight for operand in operands)
+        if name.startswith("random_"):  # a key is an input, but no data
+            return [_Value()] * len(eqn.outvars)
+        if not any(operand.views or operand.data for operand in operands):
+            return [_Value(is_weight=is_weight)] * len(eqn.outvars)
         if name in _IDENTITIES:
             return operands
-        if name in _ELEMENTWISE:
+        if name == "sort":  # all operands as the data orders the first
+            order = _Value(data=_join(*operands).data)
+            return [_join(order, operand) for operand in operands]
+        if name in _ELEMENTWISE and name != "dot_general":
             return [self.elementwise(eqn, operands)]
+        if name in _REDUCTIONS:
+            return [self.reduce(eqn, *operands)]
+
+        is_data, shapes = any(operand.data for operand in operands), _shapes(eqn.outvars)
+        results = [_Value((), _varying(s) if is_data else None, is_weight) for s in shapes]
         operand, *others = operands
+        views: Iterable[_View] | None = None
         match name:
             case "dot_general":
-                return [self.product(eqn, operands, *params["dimension_numbers"])]
+                if not params["dimension_numbers"][0][0]:
+                    return [self.outer_product(eqn, operands)]
+                views = self.product(eqn, operands)
             case "ragged_dot_general":
-                numbers = params["ragged_dot_dimension_numbers"]
-                contracted, (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
-                batch = (lhs_batch, (*rhs_batch, *numbers.rhs_group_dimensions))
-                return [self.product(eqn, operands[:2], contracted, batch)]
+                views = self.ragged_product(eqn, *operands[:2])
             case "conv_general_dilated" if params["batch_group_count"] == 1:
-                return [self.convolution(eqn, *operands)]
+                views = self.convolution(eqn, *operands)
             case "gather" if not others[0].views:
-                return [self.gather(eqn, *operands)]
+                views = self.gather(eqn, *operands)
+                results[0] = results[0]._replace(is_share=operand.is_share)
             case "dynamic_slice" if not any(other.views for other in others):
-                return [self.dynamic_slice(eqn, operand, others)]
-            case "stack":
-                axis, size = params["axis"], len(operands)
-                stacked = [v.map(lambda view: view.insert(axis, size)) for v in operands]
-                return [self.elementwise(eqn, stacked)]
-        views = [_layouts(eqn, view) for view in operand.views]
-        if others or None in views:
-            for view in _join(*operands).views:
-                self.unknown(view)
-            return [result] * len(eqn.outvars)
-        return [result._replace(views=_unique(output)) for output in zip(*views, strict=True)]
+                views = self.dynamic_slice(eqn, operand, others)
+        if views is not None:
+            return [results[0]._replace(views=_unique(views))]
+        if not others and (count := len(_layouts(eqn, _varying(_shapes(eqn.invars)[0])))):
+            return [operand.map(lambda view, i=i: _layouts(eqn, view)[i]) for i in range(count)]
+        return [
+            result._replace(views=self.unknown(operands, shape))
+            for result, shape in zip(results, shapes, strict=True)
+        ]
 
     def scan(self, params: Mapping[str, Any], operands: list[_Value]) -> list[_Value]:
         n_consts, n_carry = params["num_consts"], params["num_carry"]
@@ -409,74 +537,160 @@ class _Interpreter:
             carry = after
 
     def elementwise(self, eqn: JaxprEqn, operands: list[_Value]) -> _Value:
-        """Where a leaf meets an input, it is a vector. Where it meets weights, it is followed."""
-        (shape,), ranks = _shapes(eqn.outvars), list(map(len, _shapes(eqn.invars)))
-        # Inputs that scale a weight by a scalar, such as a loss scale, do not make it a vector.
-        inputs = {i for i, v in enumerate(operands) if v.is_input and (ranks[i] or not any(ranks))}
-        followed = []
+        """Entries side by side. Those of a leaf are followed while the value is linear in them."""
+        name, (shape,) = eqn.primitive.name, _shapes(eqn.outvars)
+        if name == "stack":
+            axis, size = eqn.params["axis"], len(operands)
+            operands = [v.map(lambda view: view.insert(axis, size)) for v in operands]
+        lay_out = _View.resize if name in _CONCATENATIONS else _View.broadcast
+
+        def align(view: _View) -> _View:
+            if len(view.axes) in (0, len(shape)):
+                return lay_out(view, shape)
+            return _varying(shape) if view.leaf == _DATA else view  # the indices of a scatter
+
+        constants = [
+            _Value(data=align(_varying(s)))
+            for s, operand in zip(_shapes(eqn.invars), operands, strict=True)
+            if not operand.data and name != "stack"
+        ]
+        operands = [operand.map(align) for operand in operands]
+        scales = name in ("dot_general", "mul", "div")
+        if name == "select_n":  # by a mask, or between data and a leaf
+            scales = not any(case.data for case in operands[1:])
+        views = []
         for i, operand in enumerate(operands):
+            others = _join(*(other for j, other in enumerate(operands) if j != i))
+            spanned = {i for view in operand.views for i, a in enumerate(view.axes) if _held([a])}
             for view in operand.views:
-                if inputs - {i}:
-                    self.entries(view)
-                    # A matrix with a random mask, as of DropConnect, looks like this, until its
-                    # product: then it is used in two ways.
-                    if len(shape) > 1 and not view.is_noted and all(_held([a]) for a in view.axes):
-                        followed.append(view._replace(is_noted=True))
-                elif len(view.axes) in (0, len(shape)):
-                    followed.append(view.resize(shape))
+                if name not in _LINEAR and (view.has_met or view.scaled):
+                    continue
+                if others.data and not view.has_met:
+                    met = self.meet(view, others, others.data.axes, scales, spanned)
+                    views += met if name in _LINEAR else []
+                elif len(view.axes) == len(shape):
+                    views.append(view)
                 else:
-                    self.unknown(view)
-        is_input = bool(inputs) or (not followed and any(v.is_input for v in operands))
-        return _Value(is_input, _unique(followed))
+                    views += self.unknown([operand], shape)
+        result = _join(*operands)
+        if result.data:
+            result = result._replace(data=_join(result, *constants).data)
+        is_share = name in _MAKE_SHARES or (result.is_share and name in _KEEP_SHARES)
+        return result._replace(views=_unique(views), is_share=is_share)
 
-    def product(
-        self, eqn: JaxprEqn, operands: list[_Value], contracted: _TwoSides, batch: _TwoSides
-    ) -> _Value:
-        lhs, rhs = operands
-        if contracted[0]:
-            for side, operand, other in ((0, lhs, rhs), (1, rhs, lhs)):
-                rank = len(_shapes(eqn.invars)[1 - side])
-                is_row = rank == len(contracted[side]) + len(batch[side])
-                for view in operand.views:
-                    self.matrix(view, other, contracted[side], batch[side], is_row)
-            return _Value(lhs.is_input or rhs.is_input)
+    def meet(
+        self, view: _View, others: _Value, data: Sequence[_Axis], scales: bool, spanned: set[int]
+    ) -> Iterable[_View]:
+        """Notes that entries of a leaf meet data of their shape, and gives what is followed."""
+        use = self.entries(view, _ENTRIES)
+        held = _wide(view.leaf, _held(view.axes))
+        if view.use or not held or len(view.axes) != len(data):
+            return []
+        if not _held(data) or any(not other.use for other in others.views):
+            return [view]  # the data is a scalar, as a loss scale, or it is in another weight
+        along = [i for i, axis in enumerate(data) if _held([axis])]
+        varied = held & _held(view.axes[i] for i in along)
+        is_of_each_sample = not spanned.issuperset(along)
+        if scales and (varied < held or not is_of_each_sample):  # a scale or a mask of the weight
+            by_shares = others.is_share and (view.by_shares or not view.scaled)
+            scaled = view.scaled | (varied if varied < held else frozenset())
+            return [view._replace(scaled=scaled, by_shares=by_shares)]
+        view = view._replace(use=use._replace(is_activation=is_of_each_sample))
+        if scales or varied < held or not is_of_each_sample:
+            return [view]
+        return self.activate(view)
 
-        # Elementwise, as einsum's "bd,d->bd", or an outer product. In the output, the batch axes
-        # come first, then those of lhs, then those of rhs.
-        (shape,) = _shapes(eqn.outvars)
+    def reduce(self, eqn: JaxprEqn, operand: _Value) -> _Value:
+        """Sums and the like. Of entries that the data has scaled, a product with the data."""
+        dropped, is_sum = eqn.params["axes"], eqn.primitive.name == "reduce_sum"
+        views = []
+        for view in operand.views:
+            kept = tuple(axis for i, axis in enumerate(view.axes) if i not in dropped)
+            lost = _held(view.axes) - _held(kept)
+            result = view._replace(axes=kept)
+            if view.has_met:
+                views += [result] if is_sum else []
+            elif is_sum and view.scaled & lost:
+                roles = _Roles(lost, view.scaled - lost, _held(kept) - view.scaled)
+                data = _Value(data=_varying(()), is_share=view.by_shares)
+                views += self.contract(view, data, roles, result)
+            else:
+                views.append(result.mix(lost))
+        result = operand.map(lambda view: view.drop(*dropped))._replace(views=_unique(views))
+        return result._replace(is_share=operand.is_share and eqn.primitive.name in _KEEP_SHARES)
 
-        def lay_out(view: _View, side: int) -> _View:
-            shared = [view.axes[i] for i in batch[side]]
-            own = [axis for i, axis in enumerate(view.axes) if i not in batch[side]]
-            others = list(map(_broadcast, shape[len(shared) :]))
-            start = (len(others) - len(own)) * side
-            others[start : start + len(own)] = own
-            return view.rearrange([*shared, *others])
+    def outer_product(self, eqn: JaxprEqn, operands: list[_Value]) -> _Value:
+        """A product that sums nothing, as einsum's "bd,d->bd"."""
+        sides = [
+            operand.map(lambda view, side=side: view.rearrange(_product_axes(eqn, view, side)))
+            for side, operand in enumerate(operands)
+        ]
+        return self.elementwise(eqn, sides)
 
-        lhs = lhs.map(lambda view: lay_out(view, 0))
-        rhs = rhs.map(lambda view: lay_out(view, 1))
-        return self.elementwise(eqn, [lhs, rhs])
+    def product(self, eqn: JaxprEqn, operands: list[_Value]) -> Iterable[_View]:
+        contracted, batch = eqn.params["dimension_numbers"]
+        for side, (operand, other) in enumerate((operands, operands[::-1])):
+            named = len(contracted[side]) + len(batch[side])
+            is_row = named == len(_shapes(eqn.invars)[1 - side])
+            for view in operand.views:
+                roles = _Roles.of(view.axes, contracted[side], batch[side])
+                result = view._replace(axes=tuple(_product_axes(eqn, view, side)))
+                yield from self.contract(view, other, roles, result, is_row)
 
-    def convolution(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> _Value:
-        groups = eqn.params["feature_group_count"]
-        for view in lhs.views:
-            self.entries(view)
+    def ragged_product(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> Iterable[_View]:
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        if lhs.views or not lhs.data:
+            return self.unknown([lhs, rhs], _shapes(eqn.outvars)[0])
         for view in rhs.views:
-            out, *window = (view.axes[i] for i in eqn.params["dimension_numbers"].rhs_spec)
+            groups = (*batch, *numbers.rhs_group_dimensions)
+            self.matrix(view, lhs, _Roles.of(view.axes, contracted, groups))
+        return []
+
+    def convolution(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> Iterable[_View]:
+        groups, (shape,) = eqn.params["feature_group_count"], _shapes(eqn.outvars)
+        numbers = eqn.params["dimension_numbers"]
+        for view in lhs.views:
+            if view.has_met:
+                self.activate(view)
+        if not lhs.data or not all(view.has_met for view in lhs.views):
+            yield from self.unknown([lhs, rhs], shape)
+            return
+        for view in rhs.views:
+            out, *window = (view.axes[i] for i in numbers.rhs_spec)
             group = ()
             if groups > 1:  # each has output channels of its own; vmap over kernels makes groups
                 group, out = _reshape([out], (groups, _size(out) // groups))
             axes = (group, out, *window)
-            self.matrix(view._replace(axes=axes), lhs, range(2, len(axes)), [0])
-        return _Value(lhs.is_input or rhs.is_input)
+            self.matrix(view, lhs, _Roles.of(axes, range(2, len(axes)), [0]))
 
-    def dynamic_slice(self, eqn: JaxprEqn, operand: _Value, starts: list[_Value]) -> _Value:
+    def contract(
+        self, view: _View, other: _Value, roles: _Roles, result: _View, is_row: bool = True
+    ) -> Iterable[_View]:
+        """Sums axes of a leaf in a product, and gives what is followed of the result."""
+        lost = roles.reduction - _held(result.axes)
+        if not other.data:
+            are_rows = view.has_met and view.use and view.use.kind == _PRODUCT
+            if view.has_met and (other.is_weight or are_rows):
+                return self.activate(view)
+            if other.is_weight:
+                batch, lost = view.batch | roles.batch, roles.reduction
+                result = result._replace(batch=batch)
+            return [result.mix(lost)]
+        use = self.matrix(view, other, roles, is_row)
+        if view.use or not other.is_share or not roles.reduction:
+            return []
+        looked_up, batch = view.looked_up | roles.reduction, view.batch | lost
+        return [result._replace(looked_up=looked_up, batch=batch, use=use)]
+
+    def dynamic_slice(
+        self, eqn: JaxprEqn, operand: _Value, starts: list[_Value]
+    ) -> Iterable[_View]:
         sizes, (full, *_) = eqn.params["slice_sizes"], _shapes(eqn.invars)
-        moved = [i for i, v in enumerate(starts) if v.is_input and sizes[i] < full[i]]
-        sliced = operand.map(lambda view: self.look_up(view, moved, True).resize(sizes))
-        return sliced._replace(is_input=operand.is_input or bool(moved))
+        moved = [i for i, v in enumerate(starts) if v.data and sizes[i] < full[i]]
+        return (self.look_up(view, moved, True).resize(sizes) for view in operand.views)
 
-    def gather(self, eqn: JaxprEqn, operand: _Value, indices: _Value) -> _Value:
+    def gather(self, eqn: JaxprEqn, operand: _Value, indices: _Value) -> Iterable[_View]:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         (full, _), (shape,) = _shapes(eqn.invars), _shapes(eqn.outvars)
         collapsed, batching = numbers.collapsed_slice_dims, numbers.operand_batching_dims
@@ -486,15 +700,16 @@ class _Interpreter:
             for i, axis in zip(numbers.start_indices_batching_dims, batching, strict=True)
         }
         selected = [i for i in numbers.start_index_map if i in collapsed or sizes[i] < full[i]]
-        is_one_index = not indices.is_input and len(index_axes) == len(batched)  # of a stack
+        by_input = indices.data is not None
+        is_one_index = not by_input and len(index_axes) == len(batched)  # of a stack
 
         def select(view: _View) -> _View:
             rest = (a for i, a in enumerate(view.axes) if i not in (*selected, *batching))
-            if indices.is_input and _held(rest):  # rows of tables that are batched as the indices
+            if by_input and _held(rest):  # rows of tables that are batched as the indices
                 own = _held(view.axes[i] for i in batching)
                 view = view._replace(batch=view.batch | own, looked_up=view.looked_up | own)
             if not is_one_index:
-                view = self.look_up(view, selected, indices.is_input)
+                view = self.look_up(view, selected, by_input)
             looked_up = [view.axes[i] for i in selected]
             window = enumerate(view.resize(sizes).axes)
             window = iter([axis for i, axis in window if i not in (*collapsed, *batching)])
@@ -508,52 +723,81 @@ class _Interpreter:
                     axes.append(_fuse(looked_up, size))
             return view.rearrange(axes)
 
-        return _Value(operand.is_input or indices.is_input, operand.map(select).views)
+        return map(select, operand.views)
 
     def look_up(self, view: _View, axes: list[int], by_input: bool) -> _View:
         """Some entries of these axes. By constant indices, they may yet be a part of a weight."""
-        if not axes:
+        if not axes or (view.use and (view.use.kind != _ENTRIES or view.use.is_activation)):
             return view
         looked_up = view.looked_up | _held(view.axes[i] for i in axes)
         view = view._replace(looked_up=looked_up)
-        if by_input and not view.is_noted:
-            self.entries(view, kind="lookup")
-        return view._replace(is_noted=view.is_noted or by_input)
+        return view._replace(use=self.entries(view, _PRODUCT)) if by_input else view
 
-    def entries(self, view: _View, kind: str = "inputs") -> None:
+    def entries(self, view: _View, kind: int) -> "_Use":
         """Notes a use of the entries: as a vector, or of rows that have been looked up."""
-        if not view.is_noted:
-            others = _held(view.axes) - view.looked_up - view.batch
-            self.note(view, view.looked_up - view.batch, others, kind)
+        held = _held(view.axes)
+        if view.use and view.use.problem:
+            return self.note(view.use)
+        if not held and _wide(view.leaf, frozenset(range(len(view.leaf.shape))) - view.batch):
+            return self.statistic(view)
+        axes = (held | view.mixed) - view.batch
+        reduction = (
+            view.looked_up or (view.mixed if held - view.mixed else view.mixed_first)
+        ) & axes
+        output = axes - reduction
+        return self.read(view, _Roles(reduction, view.batch, output), kind)
 
     def matrix(
-        self,
-        view: _View,
-        other: _Value,
-        reduction_axes: Iterable[int],
-        batch_axes: Iterable[int],
-        is_row: bool = False,
-    ) -> None:
-        """Notes a use in a product with another value, maybe a row, without axes of its own."""
-        named = {*reduction_axes, *batch_axes}
-        reduction = _held(view.axes[i] for i in reduction_axes)
-        output = _held(axis for i, axis in enumerate(view.axes) if i not in named)
-        view = view._replace(batch=view.batch | _held(view.axes[i] for i in batch_axes))
-        kind = "inputs" if other.is_input else "weights"
-        if view.is_noted:
-            kind = "experts"
-            # Rows that were looked up are activations: what they meet says nothing of the leaf.
+        self, view: _View, other: _Value, roles: _Roles, is_row: bool = False
+    ) -> "_Use | None":
+        """Notes a use in a product with the data, maybe with a row that has no axes of its own."""
+        reduction, batch, output = roles
+        batch = (batch - view.mixed) | view.batch
+        if view.use and view.use.problem:
+            return self.note(view.use)
+        if view.use and view.use.kind == _PRODUCT:  # rows are activations, but if they are experts
             if is_row:  # several experts of each row
                 reduction, output = reduction - view.looked_up, output - view.looked_up
-            if not (other.is_input and view.looked_up <= view.batch and reduction and output):
-                return
-        self.note(view, reduction, output, kind)
+            are_experts = view.looked_up <= batch and not view.looked_up & (reduction | output)
+            if reduction and output and are_experts:
+                self.superseded.add(view.use)
+                self.read(view, _Roles(reduction, batch, output), _PRODUCT)
+            return None
+        own = _Roles(reduction - view.mixed, batch, output - view.mixed)
+        if view.use:  # a masked weight, or a gain in an activation
+            sides = [_wide(view.leaf, side - batch) for side in (own.reduction, own.output)]
+            is_matrix = any(sides) if view.mixed else all(sides)
+            if not is_matrix or any(view.leaf == of.leaf for of in other.views):
+                self.activate(view)
+                return None
+        if not _wide(view.leaf, reduction | output):
+            return self.statistic(view)
+        if own.reduction and own.output and not own.reduction & own.output:
+            return self.read(view, own._replace(batch=batch | view.mixed), _PRODUCT)
+        if not view.mixed:
+            return self.read(view, own, _PRODUCT)
+        # A product with other weights was one with a matrix, of one side or both.
+        sides = own.reduction | own.output or view.mixed - view.mixed_first
+        reduction = (view.mixed if own.reduction | own.output else view.mixed_first) - batch
+        if not reduction or not sides:
+            return self.statistic(view)
+        return self.read(view, _Roles(reduction, batch, sides - reduction), _PRODUCT)
 
-    def note(self, view: _View, reduction: _Axes, output: _Axes, kind: str) -> None:
-        leaf, batch, every = view.leaf, view.batch, frozenset(range(len(view.leaf.shape)))
-        problem = ""
-        # Where an axis has been split, its parts can have different roles.
+    def activate(self, view: _View) -> Iterable[_View]:
+        """Notes that entries that met the data are a bias or a gain: they are not followed."""
+        if view.use and view.use.kind == _ENTRIES:
+            self.note(view.use._replace(kind=_PRODUCT, is_activation=True))
+        return []
+
+    def read(self, view: _View, roles: _Roles, kind: int) -> "_Use":
+        """Notes what an operation does with a leaf."""
+        leaf, every = view.leaf, frozenset(range(len(view.leaf.shape)))
+        reduction, batch, output = roles
+        # Where an axis has been split, its parts can have different roles; not so if its entries
+        # were laid out anew.
+        batch -= view.looked_up & (reduction | output)
         split = _wide(leaf, (batch & reduction) | (batch & output) | (reduction & output))
+        problem = ""
         if split and self.eqns[-1].primitive.name == "conv_general_dilated":
             vectors = MuonDimensionNumbers((), tuple(sorted(every - split)))
             problem = (
@@ -566,15 +810,35 @@ class _Interpreter:
         if not reduction or not output:  # a vector, whichever axes of size 1 were left out
             reduction, output = frozenset(), every - batch
         axes = tuple(sorted(reduction)), tuple(sorted(output))
-        self.uses.append(_Use(leaf, tuple(self.eqns), kind, axes, problem))
+        return self.note(_Use(leaf, tuple(self.eqns), kind, problem, axes, len(view.mixed)))
 
-    def unknown(self, view: _View) -> None:
-        if not view.is_noted:
-            problem = "is an operation that cannot be followed"
-            self.uses.append(_Use(view.leaf, tuple(self.eqns), problem=problem))
+    def statistic(self, view: _View) -> "_Use":
+        problem = "uses nothing but a statistic of it"
+        return self.note(_Use(view.leaf, tuple(self.eqns), _STATISTIC, problem))
+
+    def unknown(self, operands: Sequence[_Value], shape: tuple[int, ...]) -> tuple[_View, ...]:
+        """What an operation that cannot be followed makes: a problem where the data meets it."""
+        axes, problem = tuple(map(_broadcast, shape)), "is an operation that cannot be followed"
+        views = (view for operand in operands for view in operand.views)
+        unknown = [
+            _View(v.leaf, axes, use=v.use or _Use(v.leaf, tuple(self.eqns), _PRODUCT, problem))
+            for v in views
+            if not v.has_met
+        ]
+        if not any(operand.data for operand in operands):
+            return _unique(unknown)
+        for view in unknown:
+            self.entries(view, _PRODUCT)
+        return ()
+
+    def note(self, use: "_Use") -> "_Use":
+        self.uses.append(use)
+        return use
 
 
 # What the uses of a leaf come to.
+
+_STATISTIC, _ENTRIES, _PRODUCT = range(3)
 
 
 class _Use(NamedTuple):
@@ -582,12 +846,23 @@ class _Use(NamedTuple):
 
     leaf: _Leaf
     eqns: tuple[JaxprEqn, ...]  # the operation, and before it its callers
-    kind: str = "inputs"  # or "lookup", "experts" that were looked up, "weights" alone
-    axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
+    kind: int
     problem: str = ""
+    axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
+    num_mixed: int = 0  # axes that had been summed, alone or with other weights
+    is_activation: bool = False  # of entries that met the data: they make no weight
 
     @property
-    def sides(self) -> frozenset[frozenset[int]]:
+    def rank(self) -> tuple[int, int, bool]:
+        """What counts is a product, of the leaf as it is, and one with a matrix."""
+        return (
+            self.kind,
+            -self.num_mixed,
+            self.is_activation or all(self.axes) or bool(self.problem),
+        )
+
+    @property
+    def sides(self) -> frozenset[_Axes]:
         """The same for a matrix and its transpose, and whatever role axes of size 1 have."""
         return frozenset(filter(None, (_wide(self.leaf, axes) for axes in self.axes)))
 
@@ -600,11 +875,6 @@ class _Use(NamedTuple):
 
 def _agreed(leaf: _Leaf, uses: list[_Use]) -> MuonDimensionNumbers | str:
     """The reading on which all uses of a leaf agree, or what is wrong with them."""
-    # Products of weights alone (LoRA, but also a Gram matrix) count where nothing else does.
-    uses = [use for use in uses if use.kind != "weights"] or uses
-    # Experts that were looked up and multiplied by are matrices, not the rows of one.
-    if any(use.kind == "experts" for use in uses):
-        uses = [use for use in uses if use.kind != "lookup"]
     name = f"The leaf {leaf.path!r} of shape {leaf.shape}"
     remedy = (
         f"Say how to read it: overrides={{{leaf.path!r}: optax.contrib.MuonDimensionNumbers("
@@ -615,6 +885,8 @@ def _agreed(leaf: _Leaf, uses: list[_Use]) -> MuonDimensionNumbers | str:
             f"{name} never meets an input. Let fn be the training loss, and pass it the batch as "
             f"an argument: arrays that fn closes over are constants. {remedy}"
         )
+    rank = max(use.rank for use in uses)
+    uses = [use for use in uses if use.rank == rank]
     for use in uses:
         if use.problem:
             return f"{name} cannot be read: {use}. {remedy}"
