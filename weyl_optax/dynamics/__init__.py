@@ -1,8 +1,4 @@
-"""See what training does: the measurements of arXiv 2505.21910 and its sister papers.
-
-The Jacobians of attention are for study, on one head and a few tokens; the rest can go into a
-training loop.
-"""
+"""See what training does: the measurements of arXiv 2505.21910 and its sister papers."""
 
 from typing import Any
 
@@ -11,13 +7,6 @@ from weyl_optax.dynamics._attention import (
     attention_entropy,
     collapse_mode,
     effective_rank,
-)
-from weyl_optax.dynamics._jacobians import (
-    Jacobian,
-    jacobian_p_wrt_k,
-    jacobian_p_wrt_q,
-    jacobian_p_wrt_qk,
-    jacobian_p_wrt_x,
 )
 from weyl_optax.dynamics._representation import relative_representation_change
 from weyl_optax.dynamics._sharpness import (
@@ -34,16 +23,11 @@ from weyl_optax.dynamics._update_sizes import update_sizes
 
 __all__ = [
     "CollapseMode",
-    "Jacobian",
     "adam_preconditioner",
     "attention_entropy",
     "collapse_mode",
     "critical_learning_rate",
     "effective_rank",
-    "jacobian_p_wrt_k",
-    "jacobian_p_wrt_q",
-    "jacobian_p_wrt_qk",
-    "jacobian_p_wrt_x",
     "layer_representation_changes",  # pyright: ignore[reportUnsupportedDunderAll]
     "product_spectral_norm",
     "qk_spectral_norm",
