@@ -11,14 +11,17 @@ from numpy_layers import (
     block_of,
     forward,
     layer_norm,
+    linear,
     lines_traced,
     mlp,
     parameters,
     random_model,
+    softmax,
     tanh_gelu,
 )
 
 import weyl_optax
+from models import layers
 from models.gpt import CONFIGS, GPT, Config
 from weyl_optax.flax import dimension_numbers
 
@@ -89,6 +92,23 @@ def test_a_token_sees_only_what_is_before_it():
     before, after = forward(model, tokens()), forward(model, changed)
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-3
+
+
+def test_attention_weights_and_logits_are_those_of_numpy():
+    model = random_model(GPT, TINY)
+    found = layers.attention_weights(model, tokens())
+    p = parameters(model)
+    first = block_of(p["blocks"], 0)
+    x = p["token_embedding"]["embedding"][tokens()] + p["position_embedding"]["embedding"]
+    x = layer_norm(x, first["attention_norm"], 1e-5)
+    q, k = (linear(x, first["attention"][name]) for name in ("query", "key"))
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / 4**0.5
+    scores = np.where(np.tri(7), scores, -np.inf)
+    assert found.shape == (3, 2, 2, 7, 7)
+    np.testing.assert_allclose(found[0], softmax(scores), atol=1e-5)
+    largest = layers.largest_logits(model, tokens())
+    assert largest.shape == (3, 2)
+    np.testing.assert_allclose(largest[0], scores.max((0, 2, 3)), rtol=1e-5)
 
 
 def test_dropout_is_random_in_training_and_off_in_evaluation():

@@ -1,7 +1,5 @@
 """See what training does: the measurements of arXiv 2505.21910 and its sister papers."""
 
-from typing import Any
-
 from weyl_optax.dynamics._attention import (
     CollapseMode,
     attention_entropy,
@@ -28,25 +26,10 @@ __all__ = [
     "collapse_mode",
     "critical_learning_rate",
     "effective_rank",
-    "layer_representation_changes",  # pyright: ignore[reportUnsupportedDunderAll]
     "product_spectral_norm",
     "qk_spectral_norm",
     "relative_representation_change",
     "sharpness",
     "spectral_energy_concentration",
     "update_sizes",
-    "watch",  # pyright: ignore[reportUnsupportedDunderAll]
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # These two alone need flax.
-    if name == "watch":
-        from weyl_optax.dynamics._watch import watch
-
-        return watch
-    if name == "layer_representation_changes":
-        from weyl_optax.dynamics._layer_changes import layer_representation_changes
-
-        return layer_representation_changes
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
