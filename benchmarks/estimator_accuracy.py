@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from flax import nnx
 from tqdm import tqdm
 
 from benchmarks import adversarial, measure, peers
@@ -21,7 +20,6 @@ from examples import training
 from examples.optimizers import is_decayed
 from examples.paper import nano
 from weyl_optax import bound_metrics, scale_by_weyl_bound
-from weyl_optax.flax import dimension_numbers
 
 PHASES = {
     "all": slice(None),
@@ -86,7 +84,6 @@ def run(model: nano.Nano, steps: int) -> Iterator[Step]:
     """Trains with AdamW², and hands every update over."""
     config = model.config
     task = model.make_task(config, model.data)
-    numbers = nnx.to_pure_dict(dimension_numbers(task.model))
     rate = optax.cosine_decay_schedule(config.learning_rate, steps)
     bound = scale_by_weyl_bound(
         TAU,
@@ -95,7 +92,7 @@ def run(model: nano.Nano, steps: int) -> Iterator[Step]:
         weight_decay=config.weight_decay,
         weight_decay_mask=is_decayed,
         min_std=MIN_STD,
-        weight_dimension_numbers=numbers,
+        weight_dimension_numbers=task.numbers,
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -107,14 +104,14 @@ def run(model: nano.Nano, steps: int) -> Iterator[Step]:
     _, state, update = training.start(task.model, task.loss, optimizer)
     with contextlib.closing(task.batches):
         for step in tqdm(range(steps), mininterval=10):
-            weights = matrices(state["params"], numbers)
+            weights = matrices(state["params"], task.numbers)
             state, _ = update(state, training.next_batch(task, config.accumulate))
             recorded = jax.device_get(state["opt_state"][2])
             found = jax.device_get(bound_metrics(state["opt_state"]))
             yield Step(
                 float(rate(step)),
                 weights,
-                matrices(recorded.updates, numbers),
+                matrices(recorded.updates, task.numbers),
                 {path: found[f"{path}/sigma_weight"].ravel() for path in weights},
                 {path: found[f"{path}/sigma_update"].ravel() for path in weights},
             )

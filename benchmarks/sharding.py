@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import optax
 import tyro
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -79,7 +78,7 @@ def gpt2(name: str, **changes: Any) -> trees.Tree:
     config = dataclasses.replace(
         models.gpt.CONFIGS[name], num_heads=16, pad_vocab_to_multiple_of=64, **changes
     )
-    return trees.of_model(lambda: models.gpt.GPT(config, rngs=nnx.Rngs(0)))
+    return trees.gpt(config)
 
 
 MODELS: Mapping[str, Callable[[], trees.Tree]] = {

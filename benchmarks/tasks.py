@@ -11,11 +11,9 @@ from flax import nnx
 
 import models.gpt
 import models.vit
-from examples import training
-from examples.language import next_token_loss
+from examples import language, training, vision
 from models.gpt import GPT
 from models.vit import ViT
-from weyl_optax.flax import dimension_numbers
 
 Name = Literal["gpt-nano", "vit-nano", "gpt2-small", "gpt2-small-0.5M", "vit-base"]
 
@@ -34,6 +32,7 @@ class Task(NamedTuple):
     """What is trained."""
 
     model: nnx.Module
+    numbers: Any  # how its leaves are read as matrices
     loss: Callable[[nnx.Module, Any], jax.Array]
     batch: Any
     accumulate: int = 1  # parts of the batch
@@ -55,14 +54,16 @@ def make(name: Name) -> Task:
         shape = (size, config.image_size, config.image_size, config.num_channels)
         images = rng.standard_normal(shape, np.float32)
         labels = rng.integers(0, config.num_classes, size)
-        return Task(ViT(config, rngs=rngs), image_loss, {"image": images, "label": labels})
+        model, batch = ViT(config, rngs=rngs), {"image": images, "label": labels}
+        return Task(model, vision.numbers_of(model), image_loss, batch)
     config, size, accumulate = models.gpt.CONFIGS["nano"], (8, 129), 1
     if name.startswith("gpt2-small"):
         config = dataclasses.replace(models.gpt.CONFIGS["gpt2-small"], dtype="bfloat16")
         accumulate = 60 if name == "gpt2-small-0.5M" else 1
         size = (8 * accumulate, 1025)
     tokens = rng.integers(0, config.vocab_size, size, np.int32)
-    return Task(GPT(config, rngs=rngs), next_token_loss, tokens, accumulate)
+    model = GPT(config, rngs=rngs)
+    return Task(model, language.numbers_of(model), language.next_token_loss, tokens, accumulate)
 
 
 class Training:
@@ -70,11 +71,11 @@ class Training:
 
     Args:
         task: What is trained. The first step takes the arrays of its model.
-        make_optimizer: From the dimension numbers of the model.
+        make_optimizer: From its numbers.
     """
 
     def __init__(self, task: Task, make_optimizer: Callable[[Any], optax.GradientTransformation]):
-        optimizer = make_optimizer(nnx.to_pure_dict(dimension_numbers(task.model)))
+        optimizer = make_optimizer(task.numbers)
         self.graph, self.state, self._update = training.start(task.model, task.loss, optimizer)
         self.batch = jax.tree.map(
             lambda x: x.reshape(task.accumulate, -1, *x.shape[1:]), task.batch

@@ -11,7 +11,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import models.gpt
 import models.vit
-from weyl_optax.flax import dimension_numbers
+from examples import language, vision
 
 
 class Tree(NamedTuple):
@@ -32,23 +32,27 @@ def fill(tree: Tree, seed: int) -> Any:
     return jax.tree.map(draw, tree.shapes)
 
 
-def of_model(make: Callable[[], nnx.Module]) -> Tree:
-    """That of the model that `make` would make."""
+def of_model(make: Callable[[], Any], numbers_of: Callable[[Any], Any]) -> Tree:
+    """That of the model that `make` would make, read by `numbers_of`."""
     model = nnx.eval_shape(make)
-    return Tree(
-        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-        nnx.to_pure_dict(dimension_numbers(model)),
-    )
+    params = nnx.state(model, nnx.Param)
+    return Tree(nnx.to_pure_dict(params), nnx.to_pure_dict(numbers_of(model)))
+
+
+def gpt(config: models.gpt.Config) -> Tree:
+    """That of a GPT."""
+    return of_model(lambda: models.gpt.GPT(config, rngs=nnx.Rngs(0)), language.numbers_of)
 
 
 def gpt2_small() -> Tree:
     """GPT-2 small, 124 M parameters, its 12 layers stacked."""
-    return of_model(lambda: models.gpt.GPT(models.gpt.CONFIGS["gpt2-small"], rngs=nnx.Rngs(0)))
+    return gpt(models.gpt.CONFIGS["gpt2-small"])
 
 
 def vit_base() -> Tree:
     """ViT-B/16, 87 M parameters, its 12 layers stacked."""
-    return of_model(lambda: models.vit.ViT(models.vit.CONFIGS["base"], rngs=nnx.Rngs(0)))
+    config = models.vit.CONFIGS["base"]
+    return of_model(lambda: models.vit.ViT(config, rngs=nnx.Rngs(0)), vision.numbers_of)
 
 
 def llama_7b() -> Tree:

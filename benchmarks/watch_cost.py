@@ -1,4 +1,4 @@
-"""What `weyl_optax.dynamics.watch` costs, as a share of a training step."""
+"""What `examples.watch` costs, as a share of a training step."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ import tyro
 from flax import nnx
 
 from benchmarks import measure, peers, tasks
-from weyl_optax.dynamics import watch
+from examples.watch import watch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from examples.text_data import (
     validation_batches,
 )
 from models.gpt import GPT
+from weyl_optax.flax import dimension_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +110,11 @@ def make_model(config: Config, corpus: Corpus) -> GPT:
 def make_task(config: Config, corpus: Corpus) -> training.Task:
     """A GPT on its mesh, its batches and its loss."""
     mesh = program.make_mesh(config)
+    model = placement.place_model(make_model(config, corpus), mesh)
     return training.Task(
         mesh=mesh,
-        model=placement.place_model(make_model(config, corpus), mesh),
+        model=model,
+        numbers=numbers_of(model),
         batches=training_batches(
             corpus.train,
             config.sequence_length,
@@ -121,6 +124,12 @@ def make_task(config: Config, corpus: Corpus) -> training.Task:
         ),
         loss=placement.spread_rows(next_token_loss, mesh),
     )
+
+
+def numbers_of(model: GPT) -> Any:
+    """How the leaves of a GPT are read as matrices."""
+    tokens = jax.ShapeDtypeStruct((1, model.config.context_length), jnp.int32)
+    return dimension_numbers(GPT.__call__, model, tokens)
 
 
 def held_out(config: Config, corpus: Corpus) -> list[np.ndarray]:

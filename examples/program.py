@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from examples import optimizers, placement, processes, results, training
 from examples.checkpoints import Damaged
+from examples.watch import watch
 from models import layers
 from weyl_optax import bound_metrics, spectral_norm
-from weyl_optax.dynamics import watch
 
 # Flags that say where a run is, and not what it is: they may change when it goes on.
 WHERE = {"out", "resume", "mesh", *(field.name for field in dataclasses.fields(processes.Flags))}

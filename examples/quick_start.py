@@ -28,20 +28,22 @@ class Transformer(nnx.Module):
         return self.head(x + self.down(nnx.gelu(self.up(self.norm_2(x)))))
 
 
+def loss_fn(model: Transformer, tokens: jax.Array) -> jax.Array:
+    logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+
 @nnx.jit
 def train(model: Transformer, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
-    def loss_fn(model: Transformer) -> jax.Array:
-        logits, targets = model(tokens[:, :-1]), tokens[:, 1:]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-
-    loss, grads = nnx.value_and_grad(loss_fn)(model)
+    loss, grads = nnx.value_and_grad(loss_fn)(model, tokens)
     optimizer.update(model, grads)
     return loss
 
 
 model = Transformer(width=128, rngs=nnx.Rngs(0))
 schedule = optax.cosine_decay_schedule(1e-2, 200)  # no warmup
-solver = adamw2(schedule, b2=0.95, weight_dimension_numbers=dimension_numbers(model))
+numbers = dimension_numbers(loss_fn, model, TEXT[None, :65])  # traces the loss
+solver = adamw2(schedule, b2=0.95, weight_dimension_numbers=numbers)
 optimizer = nnx.Optimizer(model, solver, wrt=nnx.Param)
 for step in range(200):
     starts = np.random.default_rng(step).integers(TEXT.size - 64, size=(16, 1))

@@ -15,7 +15,6 @@ from examples import language, optimizers, processes, program, results, training
 from examples.recorder import Recorder
 from examples.text_data import Corpus
 from models.gpt import GPT
-from weyl_optax.flax import dimension_numbers
 
 PresetName = Literal["nano", "gpt2-small", "gpt2-large"]
 
@@ -70,8 +69,7 @@ def train(
         training.Stopped: After Ctrl-C, in any process, with everything saved.
     """
     task = language.make_task(config, corpus)
-    numbers = dimension_numbers(task.model)
-    optimizer, learning_rate = optimizers.make(name, config, config.steps, numbers)
+    optimizer, learning_rate = optimizers.make(name, config, config.steps, task.numbers)
     max_logits = program.max_logits(name, lambda tokens: tokens[:, :-1])
     graph, state, update = training.start(task.model, task.loss, optimizer, max_logits)
 

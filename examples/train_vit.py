@@ -16,7 +16,6 @@ from examples.image_data import Images
 from examples.recorder import Recorder
 from models.swin import Swin
 from models.vit import ViT
-from weyl_optax.flax import dimension_numbers
 
 PresetName = Literal[
     "nano", "vit-base", "vit-large", "vit-giant", "swin-small", "swin-base", "flatten-small"
@@ -74,8 +73,7 @@ def train(
     """
     config = dataclasses.replace(config, steps=vision.num_steps(config, images), epochs=None)
     task = vision.make_task(config, images)
-    numbers = dimension_numbers(task.model)
-    optimizer, learning_rate = optimizers.make(name, config, config.steps, numbers)
+    optimizer, learning_rate = optimizers.make(name, config, config.steps, task.numbers)
     max_logits = program.max_logits(name, lambda batch: vision.normalize(images, batch["image"]))
     graph, state, update = training.start(task.model, task.loss, optimizer, max_logits)
 

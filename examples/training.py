@@ -27,6 +27,7 @@ class Task(NamedTuple):
 
     mesh: Mesh
     model: Any  # an nnx.Module, on the mesh
+    numbers: Any  # how its leaves are read as matrices
     batches: grain.DatasetIterator  # micro-batches, of which each process has its rows
     loss: Callable[[Any, Any], jax.Array]  # of the model and a micro-batch
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 from grain.sharding import ShardByJaxProcess
+from optax.contrib import MuonDimensionNumbers
 
 import models.swin
 import models.vit
@@ -24,6 +25,7 @@ from examples.image_data import (
 )
 from models.swin import Swin
 from models.vit import ViT
+from weyl_optax.flax import dimension_numbers
 
 ModelName = Literal[
     "vit-nano",
@@ -183,6 +185,7 @@ def make_task(config: Config, images: Images) -> training.Task:
     return training.Task(
         mesh=mesh,
         model=model,
+        numbers=numbers_of(model),
         batches=training_batches(
             images,
             model.config.image_size,
@@ -200,6 +203,16 @@ def make_task(config: Config, images: Images) -> training.Task:
         ),
         loss=placement.spread_rows(loss, mesh),
     )
+
+
+def numbers_of(model: ViT | Swin) -> Any:
+    """How the leaves of a ViT or a Swin are read as matrices."""
+    c = model.config
+    images = jax.ShapeDtypeStruct((1, c.image_size, c.image_size, c.num_channels), jnp.float32)
+    # Added, not looked up as a GPT's, a table of positions would be one long vector.
+    has_table = isinstance(model, ViT) or c.num_linear_stages > 0
+    tables = {"*position_embedding": MuonDimensionNumbers(-2, -1)} if has_table else None
+    return dimension_numbers(type(model).__call__, model, images, overrides=tables)
 
 
 def held_out(config: Config, images: Images) -> Iterable[dict[str, np.ndarray]]:

@@ -117,7 +117,7 @@ def scale_by_weyl_bound(
             their 2-norm), and above that the last two axes are the matrix; where there
             are more, a warning is logged.
             :func:`weyl_optax.dimension_numbers_from` reads the params of any model from its
-            loss; for Flax models see also :func:`weyl_optax.flax.dimension_numbers`.
+            loss; for Flax NNX models see also :func:`weyl_optax.flax.dimension_numbers`.
         num_iters: Iterations, at least 1, of the estimator of :math:`\sigma_1` at each
             update. It starts from the singular vectors of the last update, where one
             is nearly always enough; each reads the weights and the updates twice. One

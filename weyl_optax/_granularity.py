@@ -88,14 +88,14 @@ def by_head(
         ValueError: If there is no leaf with heads at these paths.
 
     Example:
-        >>> import jax
+        >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from weyl_optax import by_head, tabulate
         >>> from weyl_optax.flax import dimension_numbers
-        >>> model = nnx.MultiHeadAttention(
-        ...     num_heads=4, in_features=64, use_bias=False, rngs=nnx.Rngs(0))
-        >>> params = nnx.as_pure(nnx.state(model, nnx.Param))
-        >>> print(tabulate(params, by_head(dimension_numbers(model))))
+        >>> model = nnx.MultiHeadAttention(4, 64, use_bias=False, decode=False, rngs=nnx.Rngs(0))
+        >>> loss = lambda model, x: jnp.mean(model(x) ** 2)
+        >>> numbers = dimension_numbers(loss, model, jnp.ones((2, 8, 64)))
+        >>> print(tabulate(nnx.state(model, nnx.Param), by_head(numbers)))
         path          shape        read as
         key/kernel    (64, 4, 16)  4 matrices of 64 x 16
         out/kernel    (4, 16, 64)  4 matrices of 16 x 64

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from examples import language, optimizers, placement, recorder, train_gpt, training
 from examples.text_data import load_corpus
 from weyl_optax import state_shardings
-from weyl_optax.flax import dimension_numbers
 
 SMALL = (
     "--runs adamw2 --steps 12 --warmup 3 --batch 16 --accumulate 2 --sequence-length 16 "
@@ -112,7 +111,7 @@ def test_the_largest_axis_that_is_no_layer_is_divided(task):
 @pytest.mark.parametrize("name", ["adamw", "adamw2", "muon_bound", "schedule_free", "lamb"])
 def test_no_moment_is_ever_whole_on_a_device(task, name):
     config = optimizers.Settings()
-    optimizer, _ = optimizers.make(name, config, 10, dimension_numbers(task.model))
+    optimizer, _ = optimizers.make(name, config, 10, task.numbers)
     params = nnx.as_pure(nnx.state(task.model, nnx.Param))
     shardings = state_shardings(optimizer, params)
     init = jax.jit(optimizer.init, out_shardings=shardings).lower(params).compile()

@@ -16,7 +16,6 @@ from optax.contrib import MuonDimensionNumbers
 from examples import language, optimizers, program, recorder, train_gpt, training
 from examples.text_data import load_corpus
 from models import layers
-from weyl_optax.flax import dimension_numbers
 
 SMALL = (
     "--steps 12 --warmup 3 --batch 4 --sequence-length 16 --log-every 3 --validate-every 7 "
@@ -273,7 +272,7 @@ def test_qk_clip_sees_the_logits_of_the_whole_batch():
         model="nano", batch=4, accumulate=2, sequence_length=16, learning_rate=0.0, max_logit=1e-2
     )
     task = language.make_task(config, corpus)
-    optimizer, _ = optimizers.make("qk_clip", config, 4, dimension_numbers(task.model))
+    optimizer, _ = optimizers.make("qk_clip", config, 4, task.numbers)
     batch = training.next_batch(task, config.accumulate)
     inputs = batch.reshape(4, 17)[:, :-1]
     before = layers.largest_logits(task.model, inputs)

@@ -11,16 +11,17 @@ from numpy_layers import (
     block_of,
     forward,
     layer_norm,
+    linear,
     lines_traced,
     mlp,
     parameters,
     random_model,
+    softmax,
     tanh_gelu,
 )
 
-import weyl_optax
+from models import layers
 from models.gpt import CONFIGS, GPT, Config
-from weyl_optax.flax import dimension_numbers
 
 TINY = Config(vocab_size=11, context_length=7, num_layers=3, num_heads=2, width=8)
 
@@ -91,6 +92,23 @@ def test_a_token_sees_only_what_is_before_it():
     assert np.abs(before[:, 4:] - after[:, 4:]).max() > 1e-3
 
 
+def test_attention_weights_and_logits_are_those_of_numpy():
+    model = random_model(GPT, TINY)
+    found = layers.attention_weights(model, tokens())
+    p = parameters(model)
+    first = block_of(p["blocks"], 0)
+    x = p["token_embedding"]["embedding"][tokens()] + p["position_embedding"]["embedding"]
+    x = layer_norm(x, first["attention_norm"], 1e-5)
+    q, k = (linear(x, first["attention"][name]) for name in ("query", "key"))
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / 4**0.5
+    scores = np.where(np.tri(7), scores, -np.inf)
+    assert found.shape == (3, 2, 2, 7, 7)
+    np.testing.assert_allclose(found[0], softmax(scores), atol=1e-5)
+    largest = layers.largest_logits(model, tokens())
+    assert largest.shape == (3, 2)
+    np.testing.assert_allclose(largest[0], scores.max((0, 2, 3)), rtol=1e-5)
+
+
 def test_dropout_is_random_in_training_and_off_in_evaluation():
     model = random_model(GPT, dataclasses.replace(TINY, dropout=0.5))
     assert np.abs(forward(model, tokens()) - forward(model, tokens())).max() > 1e-3
@@ -120,31 +138,3 @@ def test_blocks_are_traced_once_whatever_the_depth():
         lines_traced(GPT, dataclasses.replace(TINY, num_layers=depth), tokens) for depth in (2, 20)
     )
     assert shallow == deep > 10
-
-
-def test_every_leaf_is_read_as_the_matrix_of_its_layer():
-    model = nnx.eval_shape(build)
-    table = weyl_optax.tabulate(nnx.state(model, nnx.Param), dimension_numbers(model))
-    assert table == (
-        "path                           shape         read as\n"
-        "blocks/attention/key/bias      (3, 2, 4)     3 vectors of 8\n"
-        "blocks/attention/key/kernel    (3, 8, 2, 4)  3 matrices of 8 x 8\n"
-        "blocks/attention/out/bias      (3, 8)        3 vectors of 8\n"
-        "blocks/attention/out/kernel    (3, 2, 4, 8)  3 matrices of 8 x 8\n"
-        "blocks/attention/query/bias    (3, 2, 4)     3 vectors of 8\n"
-        "blocks/attention/query/kernel  (3, 8, 2, 4)  3 matrices of 8 x 8\n"
-        "blocks/attention/value/bias    (3, 2, 4)     3 vectors of 8\n"
-        "blocks/attention/value/kernel  (3, 8, 2, 4)  3 matrices of 8 x 8\n"
-        "blocks/attention_norm/bias     (3, 8)        3 vectors of 8\n"
-        "blocks/attention_norm/scale    (3, 8)        3 vectors of 8\n"
-        "blocks/mlp/down/bias           (3, 8)        3 vectors of 8\n"
-        "blocks/mlp/down/kernel         (3, 32, 8)    3 matrices of 32 x 8\n"
-        "blocks/mlp/up/bias             (3, 32)       3 vectors of 32\n"
-        "blocks/mlp/up/kernel           (3, 8, 32)    3 matrices of 8 x 32\n"
-        "blocks/mlp_norm/bias           (3, 8)        3 vectors of 8\n"
-        "blocks/mlp_norm/scale          (3, 8)        3 vectors of 8\n"
-        "norm/bias                      (8,)          1 vector of 8\n"
-        "norm/scale                     (8,)          1 vector of 8\n"
-        "position_embedding/embedding   (7, 8)        1 matrix of 7 x 8\n"
-        "token_embedding/embedding      (11, 8)       1 matrix of 11 x 8"
-    )

@@ -7,9 +7,7 @@ import pytest
 from flax import nnx
 from numpy_layers import forward, linear, parameters, random_model
 
-import weyl_optax
 from models.swin import CONFIGS, Config, Swin, focus, linear_attention
-from weyl_optax.flax import dimension_numbers
 
 TINY = Config(
     image_size=12,
@@ -141,45 +139,3 @@ def test_a_grid_that_the_windows_do_not_cover_is_an_error(change, message):
 def test_images_of_another_shape_are_an_error():
     with pytest.raises(ValueError, match=r"\(1, 6, 6, 2\), not \(batch, 12, 12, 2\)"):
         random_model(Swin, TINY)(jnp.zeros((1, 6, 6, 2)))
-
-
-def block(stage, depth, width):
-    """How the leaves of the blocks of a stage are read."""
-    read = {}
-    for name in ("attention_norm", "mlp_norm"):
-        read |= {f"{name}/{leaf}": f"{depth} vectors of {width}" for leaf in ("scale", "bias")}
-    for name in ("query", "key", "value", "out"):
-        read[f"attention/{name}/kernel"] = f"{depth} matrices of {width} x {width}"
-        read[f"attention/{name}/bias"] = f"{depth} vectors of {width}"
-    read["mlp/up/kernel"] = f"{depth} matrices of {width} x {4 * width}"
-    read["mlp/up/bias"] = f"{depth} vectors of {4 * width}"
-    read["mlp/down/kernel"] = f"{depth} matrices of {4 * width} x {width}"
-    read["mlp/down/bias"] = f"{depth} vectors of {width}"
-    return {f"stages/{stage}/blocks/{path}": reading for path, reading in read.items()}
-
-
-def test_every_leaf_is_read_as_the_matrix_of_its_layer():
-    model = nnx.eval_shape(lambda: build(FLATTEN))
-    table = weyl_optax.tabulate(nnx.state(model, nnx.Param), dimension_numbers(model))
-    lines = [line.split(maxsplit=1) for line in table.splitlines()]
-    read = {path: rest.rpartition(")")[2].strip() for path, rest in lines[1:]}
-    assert read == {
-        "patch_embedding/kernel": "1 matrix of 2 x 4",
-        "patch_embedding/bias": "1 vector of 4",
-        "patch_norm/scale": "1 vector of 4",
-        "patch_norm/bias": "1 vector of 4",
-        **block(0, depth=2, width=4),
-        "stages/0/blocks/attention/position_embedding": "2 matrices of 144 x 4",
-        "stages/0/blocks/attention/scale": "2 vectors of 4",
-        "stages/0/blocks/attention/convolution/kernel": "8 vectors of 25",
-        "stages/0/blocks/attention/convolution/bias": "2 vectors of 4",
-        "stages/1/merging/norm/scale": "1 vector of 16",
-        "stages/1/merging/norm/bias": "1 vector of 16",
-        "stages/1/merging/reduction/kernel": "1 matrix of 16 x 8",
-        **block(1, depth=4, width=8),
-        "stages/1/blocks/attention/relative_position_bias": "4 matrices of 25 x 2",
-        "norm/scale": "1 vector of 8",
-        "norm/bias": "1 vector of 8",
-        "head/kernel": "1 matrix of 8 x 5",
-        "head/bias": "1 vector of 5",
-    }

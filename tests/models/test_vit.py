@@ -20,10 +20,8 @@ from numpy_layers import (
     rms_norm,
 )
 
-import weyl_optax
 from models.layers import StochasticDepth
 from models.vit import CONFIGS, Config, ViT
-from weyl_optax.flax import dimension_numbers
 
 TINY = Config(
     image_size=6,
@@ -136,35 +134,3 @@ def test_blocks_are_traced_once_whatever_the_depth():
 def test_images_of_another_shape_are_an_error():
     with pytest.raises(ValueError, match=r"\(1, 6, 6, 3\), not \(batch, 6, 6, 2\)"):
         random_model(ViT, TINY)(jnp.zeros((1, 6, 6, 3)))
-
-
-def test_every_leaf_is_read_as_the_matrix_of_its_layer():
-    model = nnx.eval_shape(build)
-    table = weyl_optax.tabulate(nnx.state(model, nnx.Param), dimension_numbers(model))
-    assert table == (
-        "path                           shape         read as\n"
-        "blocks/attention/key/bias      (3, 2, 4)     3 vectors of 8\n"
-        "blocks/attention/key/kernel    (3, 8, 2, 4)  3 matrices of 8 x 8\n"
-        "blocks/attention/out/bias      (3, 8)        3 vectors of 8\n"
-        "blocks/attention/out/kernel    (3, 2, 4, 8)  3 matrices of 8 x 8\n"
-        "blocks/attention/query/bias    (3, 2, 4)     3 vectors of 8\n"
-        "blocks/attention/query/kernel  (3, 8, 2, 4)  3 matrices of 8 x 8\n"
-        "blocks/attention/value/bias    (3, 2, 4)     3 vectors of 8\n"
-        "blocks/attention/value/kernel  (3, 8, 2, 4)  3 matrices of 8 x 8\n"
-        "blocks/attention_norm/bias     (3, 8)        3 vectors of 8\n"
-        "blocks/attention_norm/scale    (3, 8)        3 vectors of 8\n"
-        "blocks/mlp/down/bias           (3, 8)        3 vectors of 8\n"
-        "blocks/mlp/down/kernel         (3, 12, 8)    3 matrices of 12 x 8\n"
-        "blocks/mlp/up/bias             (3, 12)       3 vectors of 12\n"
-        "blocks/mlp/up/kernel           (3, 8, 12)    3 matrices of 8 x 12\n"
-        "blocks/mlp_norm/bias           (3, 8)        3 vectors of 8\n"
-        "blocks/mlp_norm/scale          (3, 8)        3 vectors of 8\n"
-        "class_token                    (8,)          1 vector of 8\n"
-        "head/bias                      (5,)          1 vector of 5\n"
-        "head/kernel                    (8, 5)        1 matrix of 8 x 5\n"
-        "norm/bias                      (8,)          1 vector of 8\n"
-        "norm/scale                     (8,)          1 vector of 8\n"
-        "patch_embedding/bias           (8,)          1 vector of 8\n"
-        "patch_embedding/kernel         (3, 3, 2, 8)  1 matrix of 18 x 8\n"
-        "position_embedding             (5, 8)        1 matrix of 5 x 8"
-    )

@@ -103,7 +103,8 @@ def test_specifications_of_every_kind_are_refined():
 def test_heads_of_a_flax_model_and_none_where_there_are_none():
     model = nnx.MultiHeadAttention(4, 16, decode=False, rngs=nnx.Rngs(0))
     params = nnx.as_pure(nnx.state(model, nnx.Param))
-    table = tabulate(params, by_head(dimension_numbers(model)))
+    numbers = dimension_numbers(nnx.MultiHeadAttention.__call__, model, jnp.ones((2, 5, 16)))
+    table = tabulate(params, by_head(numbers))
     assert table.count("4 matrices of 16 x 4") == 3
     assert "4 matrices of 4 x 16" in table
     assert table.count("4 vectors of 4") == 3

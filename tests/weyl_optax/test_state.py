@@ -160,7 +160,7 @@ def boxed(mesh_names=("in", "out")):
 
 def test_boxes_stay_on_the_updates_and_off_the_state():
     params = boxed()
-    solver = adamw2(0.1, tau=0.01, weight_dimension_numbers=dimension_numbers(params))
+    solver = adamw2(0.1, tau=0.01)
     updates, state = jax.jit(solver.update)(params, solver.init(params), params)
     plain = nn.unbox(params)
     expected, _ = solver.update(plain, solver.init(plain), plain)
@@ -177,7 +177,8 @@ def test_nnx_variables_with_sharding_names():
     axis_types = (jax.sharding.AxisType.Auto,) * 2
     with jax.set_mesh(jax.make_mesh((1, 1), ("in", "out"), axis_types=axis_types)):
         model = nnx.Linear(20, 24, kernel_init=init, rngs=nnx.Rngs(0))
-        solver = adamw2(0.1, tau=0.01, weight_dimension_numbers=dimension_numbers(model))
+        numbers = dimension_numbers(nnx.Linear.__call__, model, jnp.ones((2, 20)))
+        solver = adamw2(0.1, tau=0.01, weight_dimension_numbers=numbers)
         optimizer = nnx.Optimizer(model, solver, wrt=nnx.Param)
     specs = nnx.get_partition_spec(nnx.state(optimizer))["opt_state"]
     assert specs[0]["mu"]["kernel"].get_value() == P("in", "out")

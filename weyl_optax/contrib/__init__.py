@@ -6,12 +6,7 @@ from weyl_optax.contrib._keep_norm import KeepNormState, keep_norm
 from weyl_optax.contrib._lion_a import lion_a, lion_ar, scale_by_lion_a
 from weyl_optax.contrib._noise_share import NoiseShareState, scale_by_noise_share
 from weyl_optax.contrib._qk_clip import qk_clip
-from weyl_optax.contrib._rotate import (
-    adamw_angle,
-    lion_angle,
-    rotate,
-    sgd_angle,
-)
+from weyl_optax.contrib._rotate import adamw_angle, rotate
 from weyl_optax.contrib._soft_spectral_clip import soft_spectral_clip
 
 __all__ = [
@@ -23,7 +18,6 @@ __all__ = [
     "gi_adamw",
     "keep_norm",
     "lion_a",
-    "lion_angle",
     "lion_ar",
     "qk_clip",
     "rotate",
@@ -31,6 +25,5 @@ __all__ = [
     "scale_by_gi_adam",
     "scale_by_lion_a",
     "scale_by_noise_share",
-    "sgd_angle",
     "soft_spectral_clip",
 ]

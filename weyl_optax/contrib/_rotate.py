@@ -45,8 +45,7 @@ def rotate(
 
     Args:
         angle: :math:`\eta_r`, in radians for each update, or a schedule. The angle to which
-            an optimizer with weight decay settles by itself is given by
-            :func:`adamw_angle`, :func:`sgd_angle` and :func:`lion_angle`.
+            AdamW settles by itself is given by :func:`adamw_angle`.
         weight_dimension_numbers: How each leaf is read as matrices, see :func:`keep_norm`.
             Leaves without a matrix keep the update that they are given.
         per: ``"unit"`` or ``"matrix"``, see :func:`keep_norm`.
@@ -157,32 +156,3 @@ def adamw_angle(
     noise; see table 1 of `Rotational Equilibrium <https://arxiv.org/abs/2305.17212>`_.
     """
     return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay * (1 - b1) / (1 + b1))
-
-
-def sgd_angle(
-    learning_rate: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike,
-    momentum: jax.typing.ArrayLike = 0.0,
-) -> jax.Array:
-    r"""Compute the angle of an update of SGD in equilibrium, in radians.
-
-    :math:`\sqrt{2 \eta \lambda / (1 + \alpha)}`, with momentum :math:`\alpha` and the decay
-    inside of it (L2 regularization), for a weight whose gradient is noise; see
-    :func:`adamw_angle`.
-    """
-    return jnp.sqrt(2 * jnp.asarray(learning_rate) * weight_decay / (1 + momentum))
-
-
-def lion_angle(
-    learning_rate: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.99,
-) -> jax.Array:
-    r"""Compute the angle of an update of Lion in equilibrium, in radians.
-
-    :math:`\sqrt{\pi \eta \lambda} \sqrt{(1 - \beta_1)^2 + \beta_1^2 \frac{1 - \beta_2}{1 +
-    \beta_2}}`, for a weight whose gradient is noise; see :func:`adamw_angle`.
-    """
-    spread = (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
-    return jnp.sqrt(jnp.pi * jnp.asarray(learning_rate) * weight_decay * spread)

@@ -1,23 +1,10 @@
-"""See what training does: the measurements of arXiv 2505.21910 and its sister papers.
-
-The Jacobians of attention are for study, on one head and a few tokens; the rest can go into a
-training loop.
-"""
-
-from typing import Any
+"""See what training does: the measurements of arXiv 2505.21910 and its sister papers."""
 
 from weyl_optax.dynamics._attention import (
     CollapseMode,
     attention_entropy,
     collapse_mode,
     effective_rank,
-)
-from weyl_optax.dynamics._jacobians import (
-    Jacobian,
-    jacobian_p_wrt_k,
-    jacobian_p_wrt_q,
-    jacobian_p_wrt_qk,
-    jacobian_p_wrt_x,
 )
 from weyl_optax.dynamics._representation import relative_representation_change
 from weyl_optax.dynamics._sharpness import (
@@ -34,35 +21,15 @@ from weyl_optax.dynamics._update_sizes import update_sizes
 
 __all__ = [
     "CollapseMode",
-    "Jacobian",
     "adam_preconditioner",
     "attention_entropy",
     "collapse_mode",
     "critical_learning_rate",
     "effective_rank",
-    "jacobian_p_wrt_k",
-    "jacobian_p_wrt_q",
-    "jacobian_p_wrt_qk",
-    "jacobian_p_wrt_x",
-    "layer_representation_changes",  # pyright: ignore[reportUnsupportedDunderAll]
     "product_spectral_norm",
     "qk_spectral_norm",
     "relative_representation_change",
     "sharpness",
     "spectral_energy_concentration",
     "update_sizes",
-    "watch",  # pyright: ignore[reportUnsupportedDunderAll]
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # These two alone need flax.
-    if name == "watch":
-        from weyl_optax.dynamics._watch import watch
-
-        return watch
-    if name == "layer_representation_changes":
-        from weyl_optax.dynamics._layer_changes import layer_representation_changes
-
-        return layer_representation_changes
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The sizes of a step: in length, in angle, and in what each layer computes."""
+"""The sizes of a step: in length and in angle."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ def update_sizes(
     per: Per = "matrix",
 ) -> dict[str, jax.Array]:
     r"""Measure the length of every update, and the angle by which it turns its weight.
-
-    For the third size, that of what a layer computes, see :func:`layer_representation_changes`.
 
     Args:
         updates: Of any optimizer, as :func:`optax.apply_updates` adds them.

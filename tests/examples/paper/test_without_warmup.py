@@ -11,7 +11,6 @@ from examples import language, results, train_gpt
 from examples.text_data import load_corpus, training_batches
 from weyl_optax import bound_metrics, scale_by_weyl_bound
 from weyl_optax._dimension_numbers import leaves_with_path, resolve_dimension_numbers
-from weyl_optax.flax import dimension_numbers
 
 CONFIG = language.Config(steps=100)
 TAU = 0.05
@@ -26,7 +25,7 @@ def corpus():
 def recorded(corpus):
     """Exact and estimated norms of every matrix of a GPT that trains, step by step."""
     model = language.make_model(CONFIG, corpus)
-    numbers = dimension_numbers(model)
+    numbers = language.numbers_of(model)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.as_pure(params), nnx.as_pure(rest)
     rate = optax.cosine_decay_schedule(CONFIG.learning_rate, CONFIG.steps)

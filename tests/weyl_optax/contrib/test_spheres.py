@@ -9,7 +9,7 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax.contrib import adamw_angle, keep_norm, lion_angle, rotate, sgd_angle
+from weyl_optax.contrib import adamw_angle, keep_norm, rotate
 
 SHAPES = {"kernel": (20, 30), "stack": (3, 14, 12), "query": (12, 3, 4), "out": (3, 4, 12)}
 NUMBERS = {
@@ -98,21 +98,9 @@ def test_rotate_is_the_update_of_adamh_but_for_the_part_along_the_weight():
     np.testing.assert_allclose(w + updates, expected, atol=1e-6)
 
 
-ANGLES = {
-    "adamw": (optax.adamw(0.02, 0.9, 0.99, weight_decay=0.5), adamw_angle(0.02, 0.5, 0.9)),
-    "sgd": (optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), sgd_angle(0.1, 0.1)),
-    "momentum": (
-        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
-        sgd_angle(0.1, 0.1, 0.9),
-    ),
-    "lion": (optax.lion(2e-4, 0.9, 0.99, weight_decay=1.0), lion_angle(2e-4, 1.0, 0.9, 0.99)),
-}
-
-
-@pytest.mark.parametrize("name", ANGLES)
-def test_the_angle_to_which_an_optimizer_settles_on_noise(name):
+def test_the_angle_to_which_adamw_settles_on_noise():
     """A scale-invariant weight, so that gradients are orthogonal to it, and of size 1 / |w|."""
-    solver, expected = ANGLES[name]
+    solver = optax.adamw(0.02, 0.9, 0.99, weight_decay=0.5)
     shape, axes = (2000, 16), 0
 
     def step(carry, key):
@@ -128,10 +116,9 @@ def test_the_angle_to_which_an_optimizer_settles_on_noise(name):
         return (new, state), jnp.mean(jnp.square(jnp.arctan2(sine, cosine)))
 
     w = jax.random.normal(jax.random.key(1), shape)
-    if name == "lion":  # starts where it settles, as that takes 1 / (learning rate * decay) steps
-        w = 2e-4 / expected * jnp.sign(w)
     keys = jax.random.split(jax.random.key(0), 1500)
     _, squares = jax.jit(lambda w: jax.lax.scan(step, (w, solver.init(w)), keys))(w)
+    expected = adamw_angle(0.02, 0.5, 0.9)
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(squares[-300:])), expected, rtol=0.02)
 
 

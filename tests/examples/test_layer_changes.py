@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from examples.layer_changes import layer_representation_changes
 from models.gpt import GPT, Config
-from weyl_optax.dynamics import layer_representation_changes
 
 
 class Net(nnx.Module):

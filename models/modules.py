@@ -1,4 +1,4 @@
-"""The modules inside of an NNX model, by their paths."""
+"""The modules inside of a model, by their paths."""
 
 import functools
 from typing import Any, TypeAlias

@@ -1,4 +1,4 @@
-"""The quantities of a Transformer that blow up before a crash. Needs flax."""
+"""The quantities of a Transformer that blow up before a crash."""
 
 import functools
 import math
@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from weyl_optax._spectral_norm import spectral_norm
-from weyl_optax.dynamics import _modules
-from weyl_optax.dynamics._spectra import product_core
+from models import modules
+from weyl_optax import spectral_norm
 
 TERMS = (
     *("W_q", "W_k", "W_v", "W_o", "W_1", "W_2"),
@@ -25,41 +24,39 @@ TERMS = (
 def watch(
     model: nnx.Module, batch: Any, loss: Callable[[nnx.Module, Any], jax.Array]
 ) -> dict[str, jax.Array]:
-    r"""Measure the 15 terms that the paper watches, in every block of a model.
+    """Measures the 15 terms that the paper watches, in every block of a model.
 
-    ==================================  =============================================
-    key                                 value
-    ==================================  =============================================
-    ``W_q``, ``W_k``, ``W_v``, ``W_o``  spectral norms, over all heads
-    ``W_1``, ``W_2``                    spectral norms, of the perceptron
-    ``W_qW_k``, ``W_oW_v``, ``W_2W_1``  spectral norms of W_q^T W_k, W_o W_v, W_2 W_1
-    ``gamma_1``, ``beta_1``             2-norms, of the norm of attention
-    ``gamma_2``, ``beta_2``             2-norms, of the norm of the perceptron
-    ``x``                               2-norm of the input of the block
-    ``grad_x``                          2-norm of dL/dx, the gradient there
-    ==================================  =============================================
+    ======================  =============================================
+    key                     value
+    ======================  =============================================
+    W_q, W_k, W_v, W_o      spectral norms, over all heads
+    W_1, W_2                spectral norms, of the perceptron
+    W_qW_k, W_oW_v, W_2W_1  spectral norms of W_q^T W_k, W_o W_v, W_2 W_1
+    gamma_1, beta_1         2-norms, of the norm of attention
+    gamma_2, beta_2         2-norms, of the norm of the perceptron
+    x                       2-norm of the input of the block
+    grad_x                  2-norm of dL/dx, the gradient there
+    ======================  =============================================
 
     The last two are over all entries of the batch. A norm without a bias has no beta: with
     RMSNorm, or without biases, the terms are 13.
 
     Args:
-        model: A module whose blocks are named as in this project's ``models``: they have
-            ``attention_norm``, ``attention`` (``query``, ``key``, ``value``, ``out``),
-            ``mlp_norm`` and ``mlp`` (``up``, ``down``). Blocks may be stacked along
+        model: Of `models`, or with blocks that are named as there. They may be stacked along
             leading axes. It is used in the mode in which it is, training or not.
-        batch: What ``loss`` takes.
-        loss: Of the model on the batch, a scalar. The call is jitted, once for each
-            ``loss``: give it a function that stays, not a new lambda each time.
+        batch: What `loss` takes.
+        loss: Of the model on the batch, a scalar. The call is jitted, once for each `loss`:
+            give it a function that stays, not a new lambda each time.
 
     Returns:
-        A flat dict of float32 scalars, ``<path of the stack>/<block>/<key>``.
+        A flat dict of float32 scalars, `<path of the stack>/<block>/<key>`.
 
     Raises:
         ValueError: If the model has no such blocks.
 
     References:
-        Qi et al., `Taming Transformer Without Using Learning Rate Warmup
-        <https://arxiv.org/abs/2505.21910>`_, 2025, section 3.1
+        Qi et al., Taming Transformer Without Using Learning Rate Warmup,
+        https://arxiv.org/abs/2505.21910, 2025, section 3.1
     """
     graph, state = nnx.split(model)
     return _watch(graph, nnx.as_pure(state), batch, loss)
@@ -100,13 +97,15 @@ def _stack_shape(block: Any) -> tuple[int, ...]:
 
 
 def _matrices(block: Any) -> dict[str, jax.Array]:
-    """The weights and what has the singular values of their products, (*stack, m, n)."""
+    """The weights and their products, (*stack, m, n)."""
     rank = len(_stack_shape(block))
 
     def matrix(layer: Any, inputs: int = 1) -> jax.Array:
         kernel = layer.kernel[...]
         stack, sizes = kernel.shape[:rank], kernel.shape[rank:]
         return kernel.reshape(*stack, math.prod(sizes[:inputs]), math.prod(sizes[inputs:]))
+
+    product = functools.partial(jnp.matmul, precision="highest")
 
     query, key, value = map(
         matrix, (block.attention.query, block.attention.key, block.attention.value)
@@ -120,9 +119,9 @@ def _matrices(block: Any) -> dict[str, jax.Array]:
         "W_o": out,
         "W_1": up,
         "W_2": down,
-        "W_qW_k": product_core(query, jnp.swapaxes(key, -1, -2)),
-        "W_oW_v": product_core(value, out),
-        "W_2W_1": product_core(up, down),
+        "W_qW_k": product(query, key.mT),
+        "W_oW_v": product(value, out),
+        "W_2W_1": product(up, down),
     }
 
 
@@ -141,11 +140,11 @@ def _vector_norms(block: Any) -> dict[str, jax.Array]:
 
 
 def _norms_at_inputs(
-    model: nnx.Module, stacks: dict[_modules.Path, Any], batch: Any, loss: Callable
-) -> dict[_modules.Path, jax.Array]:
+    model: nnx.Module, stacks: dict[modules.Path, Any], batch: Any, loss: Callable
+) -> dict[modules.Path, jax.Array]:
     """The 2-norms of the input of every block and of the gradient there, shape (*stack, 2)."""
     for path, block in stacks.items():
-        _modules.replace(model, path, _Probed(block, _stack_shape(block)))
+        modules.replace(model, path, _Probed(block, _stack_shape(block)))
     graph, norms, rest = nnx.split(model, _Norms, ...)
     norms, rest = nnx.as_pure(norms), nnx.as_pure(rest)
     measured = jax.grad(lambda norms: loss(nnx.merge(graph, norms, rest), batch))(norms)

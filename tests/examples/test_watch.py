@@ -13,12 +13,11 @@ import models.gpt
 import models.swin
 import models.vit
 from examples.language import next_token_loss
-from models import layers
+from examples.watch import watch
 from models.gpt import GPT
 from models.swin import Swin
 from models.vit import ViT
 from tests import numpy_layers
-from weyl_optax.dynamics import watch
 
 TERMS = {
     *("W_q", "W_k", "W_v", "W_o", "W_1", "W_2", "W_qW_k", "W_oW_v", "W_2W_1"),
@@ -132,20 +131,3 @@ def test_every_stage_of_a_swin_is_watched():
 def test_a_model_without_blocks_is_an_error():
     with pytest.raises(ValueError, match="Linear has no blocks to watch"):
         watch(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), np.ones((1, 2)), mean_square)
-
-
-def test_attention_weights_and_logits_are_those_of_numpy(gpt):
-    model, _ = gpt
-    found = layers.attention_weights(model, TOKENS)
-    p = numpy_layers.parameters(model)
-    first = numpy_layers.block_of(p["blocks"], 0)
-    x = p["token_embedding"]["embedding"][TOKENS] + p["position_embedding"]["embedding"][:7]
-    x = numpy_layers.layer_norm(x, first["attention_norm"], 1e-5)
-    q, k = (numpy_layers.linear(x, first["attention"][name]) for name in ("query", "key"))
-    scores = np.einsum("btnh,bsnh->bnts", q, k) / 6**0.5
-    scores = np.where(np.tri(7), scores, -np.inf)
-    assert found.shape == (2, 3, 2, 7, 7)
-    np.testing.assert_allclose(found[0], numpy_layers.softmax(scores), atol=1e-5)
-    largest = layers.largest_logits(model, TOKENS)
-    assert largest.shape == (2, 2)
-    np.testing.assert_allclose(largest[0], scores.max((0, 2, 3)), rtol=1e-5)
