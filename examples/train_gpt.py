@@ -84,7 +84,7 @@ def train(
     )
     with (
         contextlib.closing(task.batches),
-        Recorder(folder, name, task.mesh) as recorder,
+        Recorder(folder, name, task.mesh, task.run) as recorder,
         training.stop_signal() as stopped,
     ):
         done, state = recorder.restore(state, task.batches)
@@ -112,8 +112,10 @@ def train(
             stop = stopped()
             if step % config.save_every == 0 or last or recorder.diverged or stop:
                 recorder.save(step, state, task.batches)
-            if stop and not last:
-                raise training.Stopped(f"{name} is saved at step {step}")
+            if stop:
+                break
+        if stopped():  # in the last save too
+            raise training.Stopped(f"{name} is saved at step {recorder.step}")
     return nnx.merge(graph, state["params"], state["rest"])
 
 

@@ -210,8 +210,18 @@ def test_presets_are_the_defaults_of_the_other_flags():
         (["--batch", "9", "--accumulate", "2"], "does not divide --batch 9"),
         (["--warmup", "12"], "it must be below the 12 steps"),
         (["--log-every", "0"], "--log-every 0: it must be at least 1"),
+        (["--seed", "-1"], "--seed -1: it must be at least 0, and at most 4,294,967,295."),
+        (["--seed", "99999999999999999999999"], "it must be at least 0, and at most 4,294,967,295"),
+        (["--max-norm", "0"], "--max-norm 0.0: it must be above 0, and at most"),
+        (["--max-logit", "0"], "--max-logit 0.0: it must be above 0"),
+        (["--validation-batches", "1000000000"], "at least 1, and at most 1,000,000."),
+        (["--batch", "1000000000"], "--batch 1000000000: it must be"),
+        (["--learning-rate", "1e39"], "--learning-rate 1e+39: it must be at least 0, and at most"),
+        (["--weight-decay", "nan"], "--weight-decay nan: it must be at least 0"),
+        (["--clip", "inf"], "--clip inf: it must be"),
+        (["--runs"], "--runs: name at least one optimizer"),
         (["--tau", "-1"], "--tau -1.0: it must be at least 0"),
-        (["--betas", "0.9", "1.0"], "0 or more, and below 1"),
+        (["--betas", "0.9", "1.0"], "at least 0, and below 1"),
         (["--preset", "gpt3"], "invalid choice 'gpt3'"),
         (["--data", "absent"], "no such file or folder"),
         (["--resume"], "has no run"),
@@ -260,9 +270,9 @@ def test_every_optimizer_of_the_comparison_descends(name):
 
 
 def test_a_warmup_that_no_run_has_may_be_as_long_as_it_likes():
-    program.Config(warmup=12).check_warmup(12, ["adamw2", "muon"])
+    program.Config(warmup=12).check_runs(12, ["adamw2", "muon"])
     with pytest.raises(ValueError, match="below the 12 steps"):
-        program.Config(warmup=12).check_warmup(12, ["adamw2", "muon_warmup"])
+        program.Config(warmup=12).check_runs(12, ["adamw2", "muon_warmup"])
 
 
 @pytest.mark.slow
