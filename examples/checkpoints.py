@@ -1,10 +1,15 @@
 """The checkpoints of a run, of which a damaged one is passed over for the one before."""
 
+import contextlib
 import errno
 import gc
 import hashlib
+import io
 import json
+import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,25 +89,38 @@ class Checkpoints:
         Raises:
             OSError: If there is no space for it, or files may not be as large.
         """
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest)
-                ),
-            )
-        except Exception as error:  # of TensorStore, which has one kind for all
-            number = next((n for n in NO_SPACE if os.strerror(n) in str(error)), None)
-            if number is None:
-                raise
-            error.__traceback__ = None
-            gc.collect()  # of what Orbax had begun, which else complains when the program ends
-            raise OSError(number, os.strerror(number), str(self._folder)) from None
+        with _quiet():
+            try:
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest)
+                    ),
+                )
+            except Exception as error:  # of TensorStore, which has one kind for all
+                number = next((n for n in NO_SPACE if os.strerror(n) in str(error)), None)
+                if number is None:
+                    raise
+                error.__traceback__ = None
+                time.sleep(1)  # until what Orbax had begun has failed too
+                gc.collect()
+                raise OSError(number, os.strerror(number), str(self._folder)) from None
         if processes.is_first():
             folder = self._folder / str(step)
             label = {"run": self._run, "step": step, "files": _digests(folder)}
             (folder / LABEL).write_text(json.dumps(label))
         multihost_utils.sync_global_devices("the checkpoint is whole")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what threads of Orbax and TensorStore print of an error that is raised here too."""
+    logging.disable()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _newest(folder: Path, run: dict[str, Any]) -> int:
