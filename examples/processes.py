@@ -71,7 +71,8 @@ def _check(address: str, is_first: bool) -> None:
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise ValueError(
-                f"--coordinator {address}: {error.strerror}. Give another port, to all processes."
+                f"--coordinator {address}: {os.strerror(error.errno or 0)}. Give another port, to "
+                "all processes."
             ) from None
 
 

@@ -320,6 +320,52 @@ def test_whatever_happens_in_a_run_ends_with_one_line(tmp_path, error, said):
         assert file.read_text().endswith("RuntimeError: a\nb\n")
 
 
+LIMITED = """
+import resource, sys, types
+import jax
+from examples import processes
+from examples.checkpoints import Checkpoints
+from examples.recorder import Recorder
+from jax.sharding import Mesh
+from pathlib import Path
+
+def fill_record():
+    mesh = Mesh(jax.devices(), ("data",))
+    with Recorder(Path(sys.argv[1]), "adamw2", mesh, {}) as recorder:
+        limit()
+        for step in range(10_000):
+            recorder.write(step, {"loss": 1.0})
+
+def save():
+    checkpoints = Checkpoints(Path(sys.argv[1]), {})
+    state = [jax.random.normal(jax.random.key(i), (200, 200)) for i in range(20)]
+    limit()
+    checkpoints.save(2, state, {})
+
+def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+try:
+    globals()[sys.argv[2]]()
+except OSError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["fill_record", "save"])
+def test_a_file_that_may_not_grow_is_one_error_and_no_hang(tmp_path, what):
+    """A full disk does the same; TensorBoard's writer would wait for ever, Orbax say more."""
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path), what],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: \[Errno 27\] File too large.*\n", ended.stderr)
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("--x 3: it must be 4."), OSError(13, "Permission denied", "/x")]
 )
