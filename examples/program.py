@@ -187,7 +187,7 @@ def _end(error: BaseException, flags: Any, has_begun: bool) -> NoReturn:
         line = f"{error}. {folder} is as its last checkpoint has it: once {once}, {go_on}."
     else:
         first, *_ = *str(error).splitlines(), ""
-        line = f"{type(error).__name__}: {first} The traceback is in {_keep(error, folder)}."
+        line = f"{type(error).__name__}: {first.rstrip('.')}. The traceback is in {_keep(error, folder)}."
         if has_begun:
             line += f" {folder} is as its last checkpoint has it: {go_on}."
     processes.leave(f"error: {line}")

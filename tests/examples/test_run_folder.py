@@ -299,7 +299,7 @@ ENDINGS = {
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "once there is space"),
     "size of a file": (OSError(errno.EFBIG, "File too large"), "once there is space"),
     "input or output": (OSError(errno.EIO, "Input/output error"), "once that is mended"),
-    "not foreseen": (RuntimeError("a\nb"), r"error: RuntimeError: a The traceback is in "),
+    "not foreseen": (RuntimeError("a\nb"), r"error: RuntimeError: a\. The traceback is in "),
     "ours": (Damaged("none is whole."), r"error: none is whole\.$"),
 }
 
