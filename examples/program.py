@@ -41,7 +41,7 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         low = f"at least {self.least}" if self.has_least else f"above {self.least}"
-        return f"{low}, and {'at most' if self.has_most else 'below'} {self.most:,}"
+        return f"{low}, and {'at most' if self.has_most else 'below'} {self.most}"
 
     def has(self, x: float) -> bool:
         return (self.least <= x if self.has_least else self.least < x) and (
@@ -187,7 +187,8 @@ def _end(error: BaseException, flags: Any, has_begun: bool) -> NoReturn:
         line = f"{error}. {folder} is as its last checkpoint has it: once {once}, {go_on}."
     else:
         first, *_ = *str(error).splitlines(), ""
-        line = f"{type(error).__name__}: {first.rstrip('.')}. The traceback is in {_keep(error, folder)}."
+        line = f"{type(error).__name__}: {first.rstrip('.')}."
+        line += f" The traceback is in {_keep(error, folder)}."
         if has_begun:
             line += f" {folder} is as its last checkpoint has it: {go_on}."
     processes.leave(f"error: {line}")

@@ -122,7 +122,7 @@ def test_presets_are_the_recipes_of_the_papers():
         (["--data", "absent"], "no folder absent"),
         (["--epochs", "0"], "--epochs 0: it must be at least 1"),
         (["--epochs", "1", "--steps", "9"], "--steps 9: --epochs 1 says how long. Give one"),
-        (["--workers", "1000000"], "it must be at least 1, and at most 1,000."),
+        (["--workers", "1000000"], "it must be at least 1, and at most 1000."),
         (["--mixup", "-1"], "--mixup -1.0: it must be at least 0"),
         (["--stochastic-depth", "1"], "at least 0, and below 1"),
         (["--warmup", "6"], "it must be below the 6 steps"),
