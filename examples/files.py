@@ -11,7 +11,11 @@ SAMPLE = 1000  # files whose content is in a fingerprint
 def find(folder: Path) -> list[Path]:
     """All files in a folder, sorted; links to folders are followed."""
     found, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # by a link to a folder above it
             folders.clear()

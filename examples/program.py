@@ -49,12 +49,12 @@ class Range(NamedTuple):
         )
 
 
-COUNT, STEPS, SHARE = Range(1, 10**6), Range(0, 10**9), Range(0, 1, has_most=False)
+COUNT, SHARE = Range(1, 10**6), Range(0, 1, has_most=False)
 REAL, POSITIVE = Range(0, 1e30), Range(0, 1e30, has_least=False)  # float32 ends at 3e38
 RANGES = {
     **dict.fromkeys(("batch", "accumulate", "epochs", "validation_batches", "seeds"), COUNT),
     **dict.fromkeys(("steps", "log_every", "validate_every", "save_every"), Range(1, 10**9)),
-    **dict.fromkeys(("warmup", "watch"), STEPS),
+    **dict.fromkeys(("warmup", "watch"), Range(0, 10**9)),
     **dict.fromkeys(("learning_rate", "tau", "weight_decay", "adam_share", "clip"), REAL),
     **dict.fromkeys(("rand_augment", "mixup", "cutmix"), REAL),
     **dict.fromkeys(("max_norm", "max_logit"), POSITIVE),
@@ -177,7 +177,7 @@ def _end(error: BaseException, flags: Any, has_begun: bool) -> NoReturn:
     if isinstance(error, BrokenPipeError):  # else Python complains of it as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, (training.Stopped, KeyboardInterrupt)):
-        if processes.is_first():
+        if not has_begun or processes.is_first():
             print(f"\n{str(error) or 'Stopped'}." + f" {go_on.capitalize()}." * has_begun)
         sys.exit(130)
     if isinstance(error, Damaged) or (isinstance(error, (ValueError, OSError)) and not has_begun):

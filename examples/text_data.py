@@ -51,13 +51,7 @@ def load_corpus(path: Path | None) -> Corpus:
     if not path.exists():
         raise ValueError(f"--data {path}: no such file or folder.")
     if path.is_file() and path.suffix != ".bin":
-        corpus, left_out = _from_text([path])
-        if left_out:
-            raise ValueError(
-                f"--data {path}: {left_out[path]}. Convert it to UTF-8, as iconv does: "
-                "iconv -f FROM -t UTF-8."
-            )
-        return corpus
+        return _from_text([path])[0]
     folder = path if path.is_dir() else path.parent
     if (folder / "train.bin").exists():
         return _from_bin(folder)
@@ -156,7 +150,7 @@ def _mapped(file: Path) -> np.ndarray:
     size = file.stat().st_size
     with file.open("rb") as content:
         beginning = content.read(4096)
-    header = np.frombuffer(beginning[: 4 * HEADER], np.int32, len(beginning[: 4 * HEADER]) // 4)
+    header = np.fromfile(file, np.int32, HEADER)
     if header.size == HEADER and header[0] in LLM_C_DTYPES:
         dtype, number = LLM_C_DTYPES[int(header[0])], int(header[2])
         if size != 4 * HEADER + number * np.dtype(dtype).itemsize:

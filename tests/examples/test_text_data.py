@@ -188,6 +188,9 @@ def test_bad_data_are_named(tmp_path):
     np.arange(3, dtype=np.uint16).tofile(tmp_path / "train.bin")
     with pytest.raises(ValueError, match=r"no val\.bin beside it"):
         load_corpus(tmp_path)
+    (tmp_path / "val.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"val\.bin has 0 bytes"):
+        load_corpus(tmp_path)
     (tmp_path / "val.bin").write_bytes(b"\0\1\2")
     with pytest.raises(ValueError, match=r"val\.bin has 3 bytes"):
         load_corpus(tmp_path)
