@@ -300,12 +300,15 @@ def train_each(flags: Any, train: Callable[[str], nnx.Module]) -> dict[str, Any]
         axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         print(f"{mesh.size} of {available} devices: {axes}.")
     models = {}
-    for name in flags.runs:
-        models[name] = train(name)
-        if processes.is_first():
-            results.write_summary(
-                flags.out, {name: results.summarize(flags.out, name) for name in models}
-            )
+    with training.stop_signal() as stopped:
+        for name in flags.runs:
+            if models and stopped():  # in the last save of the one before
+                raise training.Stopped(f"{list(models)[-1]} has ended, and {name} not begun")
+            models[name] = train(name)
+            if processes.is_first():
+                results.write_summary(
+                    flags.out, {name: results.summarize(flags.out, name) for name in models}
+                )
     return models
 
 

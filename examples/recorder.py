@@ -48,7 +48,6 @@ class Recorder:
             board = folder / "tensorboard" / name
             board.mkdir(parents=True, exist_ok=True)
             self._board = EventsWriter(str(board / "events"))
-        self.step = 0  # of the newest checkpoint
         self._last: Line | None = None  # of the lines of this run
         self._logged = 0  # how many they are
         self._since: tuple[int, float] | None = None  # the step and the time of the last record
@@ -65,7 +64,7 @@ class Recorder:
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[int, Any]:
         """The newest checkpoint, or step 0; and a record that ends there."""
-        self.step = step = self._checkpoints.latest_step or 0
+        step = self._checkpoints.latest_step or 0
         if step:
             state, rest = self._checkpoints.restore(state)
             batches.set_state(rest["batches"])
@@ -119,7 +118,6 @@ class Recorder:
             "devices": self._devices,
         }
         self._checkpoints.save(step, state, rest)
-        self.step = step
         self._since = step, time.perf_counter()
 
     def save_snapshot(self, step: int, arrays: dict[str, jax.Array]) -> None:

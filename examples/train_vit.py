@@ -119,10 +119,8 @@ def train(
             stop = stopped()
             if step % config.save_every == 0 or last or recorder.diverged or stop:
                 recorder.save(step, state, task.batches)
-            if stop:
-                break
-        if stopped():  # in the last save too
-            raise training.Stopped(f"{name} is saved at step {recorder.step}")
+            if stop and not last:
+                raise training.Stopped(f"{name} is saved at step {step}")
     return nnx.merge(graph, state["params"], state["rest"])
 
 

@@ -126,9 +126,10 @@ def test_ctrl_c_in_the_last_save_of_a_run_is_heard_before_the_next(tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(recorder.Recorder, "save", press)
-        with pytest.raises(training.Stopped, match="adamw is saved at step 12"):
+        with pytest.raises(training.Stopped, match="adamw has ended, and adamw2 not begun"):
             run(tmp_path / "out", "--runs", "adamw", "adamw2")
     assert lines(tmp_path / "out", "adamw2") == []
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]) == ["adamw"]
     run(tmp_path / "out", "--runs", "adamw", "adamw2", "--resume")
     assert [lines(tmp_path / "out", name)[-1]["step"] for name in ("adamw", "adamw2")] == [12, 12]
 
