@@ -67,6 +67,7 @@ def test_the_accuracy_is_the_share_of_the_digits_that_are_right(tmp_path, name):
 def test_an_image_folder_trains_and_resumes_to_the_same_numbers(image_folder, tmp_path, capsys):
     flags = (
         *("--data", str(image_folder), "--runs", "adamw", "--workers", "1", "--epochs", "4"),
+        *("--steps", str(vision.Config.steps)),  # its default, in place of that of SMALL
         *("--validate-every", "100"),
         *("--rand-augment", "9", "0.5", "--random-erasing", "0.25", "--mixup", "0.8"),
         *("--cutmix", "1.0", "--label-smoothing", "0.1", "--stochastic-depth", "0.1"),
