@@ -1,10 +1,15 @@
 """The checkpoints of a run, of which a damaged one is passed over for the one before."""
 
+import contextlib
 import errno
 import gc
 import hashlib
+import io
 import json
+import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +21,15 @@ from tqdm import tqdm
 
 from examples import processes
 
-DIGESTS = "digests.json"  # in the folder of a checkpoint, written last: of its other files
+# In the folder of a checkpoint, written last: its run, its step, and the digests of its files.
+LABEL = "digests.json"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNFINISHED = "it was not saved to its end"
-_NONE, _NONE_WHOLE = -1, -2  # in place of the step of a checkpoint
+_NONE, _REFUSED = -1, -2  # in place of the step of a checkpoint
 
 
 class Damaged(Exception):
-    """No checkpoint of a run is whole."""
+    """No checkpoint of a run is whole, or one is not of this run."""
 
 
 class Checkpoints:
@@ -31,21 +38,28 @@ class Checkpoints:
     Each has a tree of arrays, and whatever else is JSON. Several processes save and restore
     together.
 
+    Args:
+        folder: That of the checkpoints.
+        run: What tells this run from others, JSON. Each checkpoint says it of itself; its `data`
+            is a fingerprint.
+
     Raises:
-        Damaged: If there are checkpoints, and none of them is whole.
+        Damaged: If there are checkpoints, and none of them is whole, or the newest is not of this
+            run or not of the step for which it is named.
     """
 
-    def __init__(self, folder: Path):
-        step = _NONE
+    def __init__(self, folder: Path, run: dict[str, Any]):
+        self._run = json.loads(json.dumps(run, default=str))
+        step, refusal = _NONE, "The first process says why it cannot go on."
         if processes.is_first():
-            step = _pass_over_damaged(folder)
+            try:
+                step = _newest(folder, self._run)
+            except Damaged as error:
+                step, refusal = _REFUSED, str(error)
         # All come to the same one; an error comes to all.
         step = int(multihost_utils.broadcast_one_to_all(np.array(step)))
-        if step == _NONE_WHOLE:
-            raise Damaged(
-                f"none of the checkpoints in {folder} is whole. They were renamed to damaged-*. "
-                "Go on with --resume to train this run from its start."
-            )
+        if step == _REFUSED:
+            raise Damaged(refusal)
         self.latest_step = None if step == _NONE else step
         self._folder = folder
         self._manager = ocp.CheckpointManager(
@@ -73,62 +87,112 @@ class Checkpoints:
         """Adds a checkpoint, and removes all but the two newest.
 
         Raises:
-            OSError: If there is no space for it.
+            OSError: If there is no space for it, or files may not be as large.
         """
-        try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest)
-                ),
-            )
-        except Exception as error:  # of TensorStore, which has one kind for all
-            if os.strerror(errno.ENOSPC) not in str(error):
-                raise
-            error.__traceback__ = None
-            gc.collect()  # of what Orbax had begun, which else complains when the program ends
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder)) from None
+        with _quiet():
+            try:
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest)
+                    ),
+                )
+            except Exception as error:  # of TensorStore, which has one kind for all
+                number = next((n for n in NO_SPACE if os.strerror(n) in str(error)), None)
+                if number is None:
+                    raise
+                error.__traceback__ = None
+                time.sleep(1)  # until what Orbax had begun has failed too
+                gc.collect()
+                raise OSError(number, os.strerror(number), str(self._folder)) from None
         if processes.is_first():
             folder = self._folder / str(step)
-            (folder / DIGESTS).write_text(json.dumps(_digests(folder)))
+            label = {"run": self._run, "step": step, "files": _digests(folder)}
+            (folder / LABEL).write_text(json.dumps(label))
         multihost_utils.sync_global_devices("the checkpoint is whole")
 
 
-def _pass_over_damaged(folder: Path) -> int:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what threads of Orbax and TensorStore print of an error that is raised here too."""
+    logging.disable()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _newest(folder: Path, run: dict[str, Any]) -> int:
     """The step of the newest checkpoint that is whole. Newer ones are renamed."""
     damages = []
     for step in sorted((int(f.name) for f in folder.glob("*") if f.name.isdigit()), reverse=True):
         damage = _damage(folder / str(step))
         if damage is None:
+            _check_label(folder / str(step), run)
             return step
         damages.append(damage)
         renamed = f"damaged-{len(list(folder.glob('damaged-*')))}-{step}"
         (folder / str(step)).rename(folder / renamed)
         tqdm.write(f"{folder / str(step)} is not whole: {damage}. It is now {renamed}.")
     # A run that was killed in its first save has had no checkpoint yet.
-    return _NONE if damages in ([], [UNFINISHED]) else _NONE_WHOLE
+    if damages in ([], [UNFINISHED]):
+        return _NONE
+    raise Damaged(
+        f"none of the checkpoints in {folder} is whole. They were renamed to damaged-*. "
+        "Go on with --resume to train this run from its start."
+    )
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint."""
     try:
-        expected = json.loads((folder / DIGESTS).read_text())
+        label = json.loads((folder / LABEL).read_text())
         found = _digests(folder)
     except (FileNotFoundError, ValueError):
         return UNFINISHED
     except OSError as error:
         return f"it cannot be read ({error})"
-    for file in expected:
-        if found.get(file) != expected[file]:
-            return f"{file} {'differs from what was saved' if file in found else 'is missing'}"
+    if not (
+        isinstance(label, dict)
+        and label.keys() == {"run", "step", "files"}
+        and isinstance(label["run"], dict)
+        and isinstance(label["files"], dict)
+    ):
+        return f"{LABEL} does not say what was saved"
+    expected = label["files"]
+    for file in expected | found:
+        if found.get(file) != expected.get(file):
+            how = "differs from what was saved" if file in found else "is missing"
+            return f"{file} {how if file in expected else 'was not saved with it'}"
     return None
+
+
+def _check_label(folder: Path, run: dict[str, Any]) -> None:
+    """Raises Damaged where a checkpoint says that it is another one."""
+    label = json.loads((folder / LABEL).read_text())
+    if str(label["step"]) != folder.name:
+        raise Damaged(f"{folder} is the checkpoint of step {label['step']}: name it so again.")
+    if label["run"] == run:
+        return
+    names = [name for name in run | label["run"] if run.get(name) != label["run"].get(name)]
+    if "data" in names:
+        raise Damaged(
+            f"the data are not those on which {folder.parent.name} was trained up to step "
+            f"{label['step']} in {folder.parent}. Put those back, or give another --out."
+        )
+    how = ", ".join(f"{name} {label['run'].get(name)}, not {run.get(name)}" for name in names)
+    raise Damaged(
+        f"{folder} is the checkpoint of another run, with {how}. Put back the one that was there, "
+        "or remove it to go on from the one before."
+    )
 
 
 def _digests(folder: Path) -> dict[str, str]:
     """The checksum of every file."""
     digests = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != DIGESTS:
+        if path.is_file() and path.name != LABEL:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "blake2b")
             digests[path.relative_to(folder).as_posix()] = digest.hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import multiprocessing
 import os
 import sys
@@ -18,7 +19,7 @@ from grain.sharding import ShardOptions
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from examples import augmentation, shards
+from examples import augmentation, files, shards
 
 
 class Example(NamedTuple):
@@ -61,19 +62,30 @@ class Files(grain.sources.RandomAccessDataSource):
 
 
 def _decoded(path: str, mode: str) -> Image.Image:
-    """An image upright, in color or gray of 8 bits."""
+    """An image upright, in color or gray of 8 bits; what is transparent is white."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata, and of images that are merely large
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode[0] in "IF":  # gray of 16 or 32 bits, which `convert` would cut off
                 image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64), image.mode))
+            elif image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert(mode)
 
 
 def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
-    """Gray over its whole range: that of 16 bits, or else from the least to the largest value."""
-    low, high = (0, 65535) if mode.startswith("I;16") else (pixels.min(), pixels.max())
+    """Gray over its whole range.
+
+    That is of 16 bits, or of the 8, 10, 12 or 14 of them that are used; or else from the least to
+    the largest value that is finite.
+    """
+    finite = pixels[np.isfinite(pixels)]
+    low, high = finite.min(), finite.max()
+    if mode.startswith("I;16"):
+        low, high = 0, next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+    pixels = np.nan_to_num(pixels, nan=low, posinf=high, neginf=low)
     return np.round((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)
 
 
@@ -86,6 +98,7 @@ class Images:
     classes: list[str]
     mean: tuple[float, ...]  # of each channel, between 0 and 1
     std: tuple[float, ...]
+    fingerprint: str  # of both
     skipped: set[str] = dataclasses.field(default_factory=set)  # so far, as they were no images
 
     @property
@@ -126,9 +139,9 @@ def load_images(path: Path | None, num_channels: int) -> Images:
     mean, std = (
         ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if mode == "RGB" else ((0.449,), (0.226,))
     )
-    return Images(
-        *(_files(path / part, classes, mode) for part in ("train", "val")), classes, mean, std
-    )
+    train, validation = (_files(path / part, classes, mode) for part in ("train", "val"))
+    everything = map(Path, train.paths + validation.paths)
+    return Images(train, validation, classes, mean, std, files.fingerprint(path, everything))
 
 
 def _digits() -> Images:
@@ -142,7 +155,9 @@ def _digits() -> Images:
     train, validation = (
         Digits(pixels[part], labels[part]) for part in (slice(1400), slice(1400, None))
     )
-    return Images(train, validation, [str(i) for i in range(10)], mean=(0.305,), std=(0.376,))
+    classes = [str(i) for i in range(10)]
+    digest = hashlib.blake2b(pixels.tobytes() + labels.tobytes(), digest_size=16)
+    return Images(train, validation, classes, (0.305,), (0.376,), digest.hexdigest())
 
 
 def _classes(folder: Path) -> list[str]:
@@ -154,35 +169,46 @@ def _files(folder: Path, classes: list[str], mode: str) -> Files:
     """The images of a folder; what each class has, and what is left out of it, is printed."""
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = [file for file in sorted((folder / name).glob("**/*")) if file.is_file()]
-        found = [str(file) for file in files if _is_image(file.relative_to(folder))]
-        left_out = len(files) - len(found)
+        present = files.find(folder / name)
+        found = [str(file) for file in present if _is_image(file.relative_to(folder))]
+        left_out = len(present) - len(found)
         if left_out or len(classes) <= 20:
             print(f"{folder / name}: {len(found)} images, {left_out} other files left out")
         # None may be held out of a class, but one without any to train on is a mistake.
-        if not found and (files or folder.name == "train"):
+        if not found and (present or folder.name == "train"):
             raise ValueError(
                 f"--data: no images in {folder / name}"
-                + (f", where {files[0].name} is none, as the others" if files else "")
+                + (f", where {present[0].name} is none, as the others" if present else "")
                 + ". Give it some, or remove the folder."
             )
         paths += found
         labels += [label] * len(found)
     if not paths:
         raise ValueError(f"--data: no images in the folders of {folder}.")
-    return Files(paths, labels, mode)
+    source = Files(paths, labels, mode)
+    if all(source[i].image is None for i in range(len(source))):
+        raise ValueError(
+            f"--data: none of the {len(paths)} images in {folder} can be read, as {paths[0]}."
+        )
+    return source
+
+
+# Those that Pillow knows by sight and cannot decode (alone), and pages.
+NO_PICTURES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS", "IPTC"}
 
 
 @functools.cache
 def _suffixes() -> set[str]:
     """Those of the formats that Pillow reads; it loads all its plugins for that."""
     extensions = Image.registered_extensions()
-    return {suffix for suffix, kind in extensions.items() if kind in Image.OPEN}
+    return {
+        suffix for suffix, kind in extensions.items() if kind in Image.OPEN.keys() - NO_PICTURES
+    }
 
 
 def _is_image(path: Path) -> bool:
     """By its suffix; hidden files, and files in hidden folders, are none."""
-    return path.suffix.lower() in _suffixes() and not any(p.startswith(".") for p in path.parts)
+    return path.suffix.lower() in _suffixes() and not files.is_hidden(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,8 +50,6 @@ class Config(program.Config):
             raise ValueError(
                 f"--sequence-length {self.sequence_length}: {self.model} takes 1 to {context}."
             )
-        self.check_at_least(1, "validation_batches")
-        self.check_fraction("dropout")
 
 
 _GPT2 = Config(
@@ -89,7 +87,7 @@ def prepare(flags: Any) -> Corpus:
     corpus = load_corpus(flags.data)
     for tokens in (corpus.train, corpus.validation):
         Windows(tokens, flags.sequence_length)
-    flags.check_warmup(flags.steps, flags.runs)
+    flags.check_runs(flags.steps, flags.runs)
     program.make_mesh(flags)  # which checks the flag
     program.begin(flags)
     return corpus
@@ -123,6 +121,7 @@ def make_task(config: Config, corpus: Corpus) -> training.Task:
             ShardByJaxProcess(),
         ),
         loss=placement.spread_rows(next_token_loss, mesh),
+        run=program.describe(Config, config, corpus.fingerprint),
     )
 
 

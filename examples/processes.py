@@ -3,9 +3,17 @@
 import contextlib
 import dataclasses
 import os
+import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import NoReturn
 
 import jax
+
+SAY, GIVE_UP = 60.0, 280.0  # seconds of waiting for the others; JAX aborts after 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +35,8 @@ def join(flags: Flags) -> None:
     It has to come before any use of a device.
 
     Raises:
-        ValueError: If neither the flags nor the cluster say which processes there are.
+        ValueError: If neither the flags nor the cluster say which processes there are, or where
+            they cannot meet.
     """
     virtual_devices = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if virtual_devices or flags.coordinator is not None:
@@ -37,6 +46,10 @@ def join(flags: Flags) -> None:
             raise ValueError("--num-processes and --process-id go with --coordinator host:port.")
         return
     address = None if flags.coordinator == "auto" else flags.coordinator
+    if address:
+        _check(address, flags.process_id == 0)
+    joined = threading.Event()
+    threading.Thread(target=_watch, args=(flags, joined), daemon=True).start()
     try:
         jax.distributed.initialize(address, flags.num_processes, flags.process_id)
     except ValueError as error:
@@ -44,6 +57,36 @@ def join(flags: Flags) -> None:
             f"--coordinator {flags.coordinator}: {error} Give --coordinator host:port, "
             "--num-processes and --process-id."
         ) from error
+    finally:
+        joined.set()
+
+
+def _check(address: str, is_first: bool) -> None:
+    """Raises ValueError where JAX would end without a word."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"--coordinator {address}: write host:port, with a port up to 65535.")
+    if is_first:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ValueError(
+                f"--coordinator {address}: {os.strerror(error.errno or 0)}. Give another port, to "
+                "all processes."
+            ) from None
+
+
+def _watch(flags: Flags, joined: threading.Event) -> None:
+    """Says for what this process waits, and ends it before JAX aborts it."""
+    waits = (
+        f"--coordinator {flags.coordinator}: the processes have not met "
+        f"in {{:.0f}} s. Start each with this address of the first, and its own --process-id."
+    )
+    if not joined.wait(SAY):
+        print(waits.format(SAY), file=sys.stderr, flush=True)
+        if not joined.wait(GIVE_UP - SAY):
+            print(f"error: {waits.format(GIVE_UP)}", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _keep_order() -> None:
@@ -55,6 +98,26 @@ def _keep_order() -> None:
     flags, name = os.environ.get("XLA_FLAGS", ""), "xla_cpu_enable_concurrency_optimized_scheduler"
     if name not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{name}=false"
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Lets processes that start here hear neither Ctrl-C nor SIGTERM, which this one answers."""
+    resource_tracker.ensure_running()  # its start would end what follows
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave(error: str) -> NoReturn:
+    """Ends this process with an error; one of several does not wait for others, who may be gone."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.exit(error)
 
 
 def is_first() -> bool:

@@ -1,12 +1,16 @@
 """What the programs share: flags, the folder of a run, and runs with several optimizers."""
 
+import contextlib
 import dataclasses
 import json
-import math
+import os
+import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +21,48 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from examples import optimizers, placement, processes, results, training
-from examples.checkpoints import Damaged
+from examples import optimizers, placement, processes, recorder, results, training
+from examples.checkpoints import NO_SPACE, Damaged
 from examples.watch import watch
 from models import layers
 from weyl_optax import bound_metrics, spectral_norm
 
 # Flags that say where a run is, and not what it is: they may change when it goes on.
 WHERE = {"out", "resume", "mesh", *(field.name for field in dataclasses.fields(processes.Flags))}
+
+
+class Range(NamedTuple):
+    """The values that a flag may have."""
+
+    least: float
+    most: float
+    has_least: bool = True
+    has_most: bool = True
+
+    def __str__(self) -> str:
+        low = f"at least {self.least}" if self.has_least else f"above {self.least}"
+        return f"{low}, and {'at most' if self.has_most else 'below'} {self.most}"
+
+    def has(self, x: float) -> bool:
+        return (self.least <= x if self.has_least else self.least < x) and (
+            x <= self.most if self.has_most else x < self.most
+        )
+
+
+COUNT, SHARE = Range(1, 10**6), Range(0, 1, has_most=False)
+REAL, POSITIVE = Range(0, 1e30), Range(0, 1e30, has_least=False)  # float32 ends at 3e38
+RANGES = {
+    **dict.fromkeys(("batch", "accumulate", "epochs", "validation_batches", "seeds"), COUNT),
+    **dict.fromkeys(("steps", "log_every", "validate_every", "save_every"), Range(1, 10**9)),
+    **dict.fromkeys(("warmup", "watch"), Range(0, 10**9)),
+    **dict.fromkeys(("learning_rate", "tau", "weight_decay", "adam_share", "clip"), REAL),
+    **dict.fromkeys(("rand_augment", "mixup", "cutmix"), REAL),
+    **dict.fromkeys(("max_norm", "max_logit"), POSITIVE),
+    **dict.fromkeys(("betas", "dropout", "stochastic_depth"), SHARE),
+    **dict.fromkeys(("random_erasing", "label_smoothing"), SHARE),
+    "seed": Range(0, 2**32 - 1),
+    "workers": Range(1, 1000),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,38 +92,39 @@ class Config(optimizers.Settings):
     """Updates between measurements of the paper's 15 terms in every block, 0 for none."""
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1 or self.batch < 1 or self.batch % self.accumulate:
+        check_ranges(self)
+        if self.batch % self.accumulate:
             raise ValueError(
                 f"--accumulate {self.accumulate} does not divide --batch {self.batch}."
             )
-        self.check_at_least(1, "steps", "log_every", "validate_every", "save_every")
-        self.check_at_least(0, "learning_rate", "tau", "warmup", "weight_decay", "adam_share")
-        self.check_at_least(0, "max_norm", "max_logit", "clip", "watch")
-        self.check_fraction("betas")
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether a step is the first, the last, or one of `every`, which may be 0 for never."""
         return every > 0 and (step % every == 0 or step in (1, self.steps))
 
-    def check_at_least(self, least: int, *names: str) -> None:
-        """Raises ValueError where a flag is below."""
-        self._check(lambda x: least <= x < math.inf, f"it must be at least {least}", names)
-
-    def check_fraction(self, *names: str) -> None:
-        """Raises ValueError where a flag is not in [0, 1)."""
-        self._check(lambda x: 0 <= x < 1, "it must be 0 or more, and below 1", names)
-
-    def check_warmup(self, steps: int, runs: Sequence[str]) -> None:
-        """Raises ValueError where the warmup of a run does not end before it."""
+    def check_runs(self, steps: int, runs: Sequence[str]) -> None:
+        """Raises ValueError where there is none, or where a warmup does not end before its run."""
+        if not runs:
+            raise ValueError("--runs: name at least one optimizer.")
         have_it = any("warmup" in optimizers.OPTIMIZERS[name].tuned for name in runs)
         if have_it and self.warmup >= steps:
             raise ValueError(f"--warmup {self.warmup}: it must be below the {steps} steps.")
 
-    def _check(self, holds: Callable[[float], bool], what: str, names: Sequence[str]) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if not all(map(holds, value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: {what}.")
+
+def check_ranges(flags: Any) -> None:
+    """Raises ValueError where a flag is out of its range."""
+    for name in RANGES.keys() & {field.name for field in dataclasses.fields(flags)}:
+        value = getattr(flags, name)
+        values = value if isinstance(value, tuple) else (value,)
+        if value is not None and not all(map(RANGES[name].has, values)):
+            shown = " ".join(map(str, values))
+            raise ValueError(f"--{name.replace('_', '-')} {shown}: it must be {RANGES[name]}.")
+
+
+def describe(kind: type[Config], config: Config, data: str) -> dict[str, Any]:
+    """What a checkpoint says of its run: settings of that kind, and a fingerprint of its data."""
+    names = {field.name for field in dataclasses.fields(kind)} - WHERE
+    return {name: getattr(config, name) for name in sorted(names)} | {"data": data}
 
 
 Flags = TypeVar("Flags")
@@ -116,31 +155,61 @@ def run(
     parse: Callable[[], Any], prepare: Callable[[Any], Data], main: Callable[[Any, Data], None]
 ) -> None:
     """Runs a program from its flags to its end, or to a line that says what to do."""
+    sys.stdout.reconfigure(errors="replace")  # of what its encoding has not, as the square in ASCII
+    flags, has_begun = None, False
     try:
         flags = parse()
+        check_ranges(flags)
         processes.join(flags if isinstance(flags, processes.Flags) else processes.Flags())
-        data = prepare(flags)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    resume = " and --resume" if hasattr(flags, "resume") else ""
-    try:
         with processes.only_first_prints():
-            main(flags, data)
-    except Damaged as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(
-            f"error: {error}. The run is as its last checkpoint has it: once there is space, go on "
-            f"with the same command{resume}."
-        )
-    except training.Stopped as stopped:
-        if processes.is_first():
-            print(f"\n{stopped}. Go on with the same command{resume}.")
+            data = prepare(flags)
+            has_begun = True
+            with training.stop_signal():  # before the first step, and between runs
+                main(flags, data)
+    except (Exception, KeyboardInterrupt) as error:
+        _end(error, flags, has_begun)
+
+
+def _end(error: BaseException, flags: Any, has_begun: bool) -> NoReturn:
+    """Ends the program with a line: what happened, and what to do."""
+    folder = getattr(flags, "out", Path("runs"))
+    go_on = "go on with the same command" + " and --resume" * hasattr(flags, "resume")
+    if isinstance(error, BrokenPipeError):  # else Python complains of it as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, (training.Stopped, KeyboardInterrupt)):
+        if not has_begun or processes.is_first():
+            print(f"\n{str(error) or 'Stopped'}." + f" {go_on.capitalize()}." * has_begun)
         sys.exit(130)
+    if isinstance(error, Damaged) or (isinstance(error, (ValueError, OSError)) and not has_begun):
+        line = str(error)
+    elif isinstance(error, OSError):
+        once = "there is space" if error.errno in NO_SPACE else "that is mended"
+        line = f"{error}. {folder} is as its last checkpoint has it: once {once}, {go_on}."
+    else:
+        first, *_ = *str(error).splitlines(), ""
+        line = f"{type(error).__name__}: {first.rstrip('.')}."
+        line += f" The traceback is in {_keep(error, folder)}."
+        if has_begun:
+            line += f" {folder} is as its last checkpoint has it: {go_on}."
+    processes.leave(f"error: {line}")
+
+
+def _keep(error: BaseException, folder: Path) -> Path:
+    """Writes a traceback beside a folder, or where there is space, and gives its path."""
+    text = "".join(traceback.format_exception(error))
+    for parent in (folder.parent, Path(tempfile.gettempdir())):
+        file = parent / f"{folder.name}.traceback.txt"
+        with contextlib.suppress(OSError):
+            file.write_text(text)
+            return file
+    sys.stderr.write(text)
+    return Path("the lines above")
 
 
 def begin(flags: Any) -> None:
     """Begins or goes on with the folder of a run, and its `config.json`.
+
+    A folder that has a checkpoint or a logged step is never begun anew.
 
     Args:
         flags: A dataclass with `out`, the folder, and `resume`.
@@ -151,8 +220,10 @@ def begin(flags: Any) -> None:
     folder, file = flags.out, flags.out / "config.json"
     config = {k: v for k, v in dataclasses.asdict(flags).items() if k not in WHERE}
     config = json.loads(json.dumps(config, default=str))
+    check_folder(folder)
+    has_run = any(any(folder.glob(pattern)) for pattern in OF_A_RUN)
     if flags.resume:
-        if not file.exists():
+        if not file.exists() and not has_run:
             raise ValueError(f"--resume: {folder} has no run. Leave --resume out to begin one.")
         before = _read_config(file)
         if different := [key for key in config if config[key] != before.get(key)]:
@@ -161,27 +232,43 @@ def begin(flags: Any) -> None:
                 + ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in different)
                 + ", or another --out."
             )
-    elif file.exists():
+    elif has_run:
         raise ValueError(f"{folder} has a run. Go on with --resume, or give another --out.")
     multihost_utils.sync_global_devices("all have looked")
     if processes.is_first():
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--out {folder} is a file. Name a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
         if not flags.resume:
-            file.write_text(json.dumps(config, indent=2) + "\n")
+            recorder.replace(file, json.dumps(config, indent=2) + "\n")
+
+
+# What a folder has in which something was trained: itself, or those of `tau_ablation` in it.
+OF_A_RUN = [
+    f"{inner}{name}" for inner in ("", "*/*/") for name in ("metrics.jsonl", "checkpoints/*/*")
+]
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where a path cannot be a folder of this machine."""
+    if re.match(r"[a-z][a-z0-9]+:/", str(folder)):
+        raise ValueError(f"--out {folder}: name a folder of this machine, or one that is mounted.")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--out {str(folder)!a}: name it in UTF-8.") from None
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file. Name a folder.")
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         config = None
     if not isinstance(config, dict):
         raise ValueError(
-            f"--resume: {file} is damaged. Write it anew, by the same command with another --out, "
-            "and copy it here."
+            f"--resume: {file} is {'damaged' if file.exists() else 'gone'}. Write it anew, by the "
+            "same command with another --out, and copy it here."
         )
     return config
 
@@ -213,12 +300,15 @@ def train_each(flags: Any, train: Callable[[str], nnx.Module]) -> dict[str, Any]
         axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         print(f"{mesh.size} of {available} devices: {axes}.")
     models = {}
-    for name in flags.runs:
-        models[name] = train(name)
-        if processes.is_first():
-            results.write_summary(
-                flags.out, {name: results.summarize(flags.out, name) for name in models}
-            )
+    with training.stop_signal() as stopped:
+        for name in flags.runs:
+            if models and stopped():  # in the last save of the one before
+                raise training.Stopped(f"{list(models)[-1]} has ended, and {name} not begun")
+            models[name] = train(name)
+            if processes.is_first():
+                results.write_summary(
+                    flags.out, {name: results.summarize(flags.out, name) for name in models}
+                )
     return models
 
 

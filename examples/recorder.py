@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import Summary, scalar
 from tqdm import tqdm
 
 from examples import processes
@@ -27,18 +29,27 @@ class Recorder:
     It writes `metrics.jsonl`, in which each logged step is a line with this `run`;
     `checkpoints/<name>`; `tensorboard/<name>`; and `snapshots/<name>/<step>.npz`. Where
     several processes train, they write a checkpoint together, and the first one all else.
+
+    Args:
+        folder: Of the record.
+        name: Of the run in it.
+        mesh: On which it trains.
+        run: What a checkpoint says of itself beside its name, see `Checkpoints`.
     """
 
-    def __init__(self, folder: Path, name: str, mesh: Mesh):
+    def __init__(self, folder: Path, name: str, mesh: Mesh, run: dict[str, Any]):
         self.name = name
         self._file = folder / "metrics.jsonl"
         self._snapshots = folder / "snapshots" / name
-        self._checkpoints = Checkpoints(folder / "checkpoints" / name)
+        self._checkpoints = Checkpoints(folder / "checkpoints" / name, {"run": name} | run)
         self._devices = _describe(mesh)
-        self._board = SummaryWriter(
-            str(folder / "tensorboard" / name), write_to_disk=processes.is_first()
-        )
+        if processes.is_first():
+            # Not its SummaryWriter: where the disk is full, the thread of that ends, and all wait.
+            board = folder / "tensorboard" / name
+            board.mkdir(parents=True, exist_ok=True)
+            self._board = EventsWriter(str(board / "events"))
         self._last: Line | None = None  # of the lines of this run
+        self._logged = 0  # how many they are
         self._since: tuple[int, float] | None = None  # the step and the time of the last record
         self.diverged = False
         self.was_on_same_devices = True  # the checkpoint that was restored
@@ -47,8 +58,9 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._board.close()
         self._checkpoints.close()
+        if processes.is_first():
+            self._board.close()
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[int, Any]:
         """The newest checkpoint, or step 0; and a record that ends there."""
@@ -56,7 +68,7 @@ class Recorder:
         if step:
             state, rest = self._checkpoints.restore(state)
             batches.set_state(rest["batches"])
-            self._last = rest["last"]
+            self._last, self._logged = rest["last"], rest["logged"]
             self.diverged = self._last is not None and self._last["loss"] is None
             self.was_on_same_devices = rest["devices"] == self._devices
         if processes.is_first():
@@ -70,10 +82,20 @@ class Recorder:
         if damaged:
             tqdm.write(f"{self._file}: {damaged} damaged lines are left out.")
         kept = [line for line in lines if line["run"] != self.name or line["step"] <= step]
+        if step == 0 and kept != lines:
+            tqdm.write(f"{self.name} has logged steps and has no checkpoint: it begins again.")
+        found = sum(line["run"] == self.name for line in kept)
+        if found < self._logged:
+            tqdm.write(
+                f"{self._file}: of {self._logged} lines of {self.name} up to step {step}, "
+                f"{self._logged - found} are gone."
+            )
         if self._last is not None and self._last not in kept:
             kept.append(self._last)
+            found += 1
+        self._logged = found
         if damaged or kept != lines:
-            _replace(self._file, "".join(json.dumps(line) + "\n" for line in kept))
+            replace(self._file, "".join(json.dumps(line) + "\n" for line in kept))
 
     @property
     def loss(self) -> str:
@@ -89,7 +111,12 @@ class Recorder:
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
         """Saves a checkpoint."""
-        rest = {"batches": batches.get_state(), "last": self._last, "devices": self._devices}
+        rest = {
+            "batches": batches.get_state(),
+            "last": self._last,
+            "logged": self._logged,
+            "devices": self._devices,
+        }
         self._checkpoints.save(step, state, rest)
         self._since = step, time.perf_counter()
 
@@ -106,15 +133,18 @@ class Recorder:
         self.diverged = not math.isfinite(loss)
         if self.diverged:
             tqdm.write(f"{self.name}: the loss is {loss} at step {step}. This run ends here.")
-        line = {"run": self.name, "step": step}
+        line, summary = {"run": self.name, "step": step}, Summary()
         for key, value in metrics.items():
             line[key] = jax.tree.map(_finite_or_none, np.asarray(value, float).tolist())
-            for place, scalar in np.ndenumerate(value):
-                self._board.add_scalar("/".join([key, *map(str, place)]), float(scalar), step)
+            for place, number in np.ndenumerate(value):
+                summary.MergeFrom(scalar("/".join([key, *map(str, place)]), float(number)))
         self._last = line
+        self._logged += 1
         if processes.is_first():
             with self._file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._board.flush()
         self._since = step, time.perf_counter()
 
 
@@ -153,7 +183,7 @@ def _parsed(text: str) -> Line | None:
     return line if is_line else None
 
 
-def _replace(file: Path, text: str) -> None:
+def replace(file: Path, text: str) -> None:
     """Writes a whole file, or leaves the one that is there."""
     new = file.with_suffix(".new")
     new.write_text(text)

@@ -1,6 +1,9 @@
 """Text as tokens, and batches of it from Grain."""
 
+import codecs
+import hashlib
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,13 +11,16 @@ import grain
 import numpy as np
 from grain.sharding import ShardOptions
 
-from examples import shards
+from examples import files, shards
 
 VALIDATION_SHARE = 0.1  # of a text, its end
 GPT2_VOCAB_SIZE = 50257
 HEADER = 256  # numbers of 32 bits: which kind, version, number of tokens
 LLM_C_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # by kind
-CHUNK = 1 << 24  # tokens
+CHUNK = 1 << 24  # tokens, or bytes of text
+NAMED = 10  # files that are left out, of a folder
+LOOKED_AT, MOST = 1 << 20, 0.9  # the numbers that say what a file has, and how many of them must
+OTHER_DTYPES = (np.int64, np.float64, np.float32, np.float16)  # the wider first
 
 
 class Corpus(NamedTuple):
@@ -24,57 +30,105 @@ class Corpus(NamedTuple):
     validation: np.ndarray
     vocab_size: int
     is_text: bool  # a token is a byte
+    fingerprint: str  # of all tokens
 
 
 def load_corpus(path: Path | None) -> Corpus:
     """Reads a corpus.
 
     Args:
-        path: A text file, a folder of text files, or a folder with nanoGPT's `train.bin`
+        path: A text file in UTF-8, a folder of them, or a folder with nanoGPT's `train.bin`
             and `val.bin`: tokens of GPT-2's vocabulary, uint16 or uint32, with or without the
-            header of llm.c. By default, the modules of Python's standard library.
+            header of llm.c. By default, the modules of Python's standard library. What is left out
+            of a folder is printed.
 
     Raises:
         ValueError: If there is nothing to read there, or if a token is outside of the vocabulary.
     """
     if path is None:
         modules = Path(sysconfig.get_path("stdlib")).glob("*.py")
-        return _from_text(sorted(modules))
+        return _from_text(sorted(modules))[0]
     if not path.exists():
         raise ValueError(f"--data {path}: no such file or folder.")
     if path.is_file() and path.suffix != ".bin":
-        return _from_text([path])
+        return _from_text([path])[0]
     folder = path if path.is_dir() else path.parent
     if (folder / "train.bin").exists():
         return _from_bin(folder)
     if path.is_file():
         raise ValueError(f"--data {path}: {folder} has no train.bin beside it.")
-    return _from_text(sorted(p for p in path.rglob("*") if p.is_file()))
+    return _from_folder(path)
 
 
-def _from_text(paths: list[Path]) -> Corpus:
-    """The bytes of the files one after another, those that are no UTF-8 text left out."""
-    texts = [text for text in (path.read_bytes() for path in paths) if _is_text(text)]
-    tokens = np.frombuffer(b"\n".join(texts), np.uint8)
-    if tokens.size == 0:
-        raise ValueError("--data: no text there. Name a text file, or a folder that has some.")
+def _from_folder(folder: Path) -> Corpus:
+    """The text files of a folder. What is left out is printed."""
+    found = files.find(folder)
+    shown = [file for file in found if not files.is_hidden(file.relative_to(folder))]
+    corpus, left_out = _from_text(shown)
+    print(
+        f"{folder}: {len(shown) - len(left_out)} text files, {len(left_out)} other files and "
+        f"{len(found) - len(shown)} hidden ones left out"
+    )
+    for file, why in list(left_out.items())[:NAMED]:
+        print(f"  {file.relative_to(folder)}: {why}")
+    if len(left_out) > NAMED:
+        print(f"  and {len(left_out) - NAMED} more")
+    return corpus
+
+
+def _from_text(paths: Sequence[Path]) -> tuple[Corpus, dict[Path, str]]:
+    """The bytes of the files one after another, and why some are left out."""
+    text, left_out = bytearray(), {}
+    for path in paths:
+        end = len(text)
+        if end:
+            text += b"\n"
+        if why := _add(path, text):
+            left_out[path] = why
+            del text[end:]
+    if not text:
+        raise ValueError(
+            "--data: no text there. Name a text file in UTF-8 (iconv converts others), or a folder "
+            "that has some." + "".join(f" {path}: {why}." for path, why in [*left_out.items()][:1])
+        )
+    tokens = np.frombuffer(text, np.uint8)
     split = round(tokens.size * (1 - VALIDATION_SHARE))
-    return Corpus(tokens[:split], tokens[split:], vocab_size=256, is_text=True)
+    parts = tokens[:split], tokens[split:]
+    return Corpus(*parts, vocab_size=256, is_text=True, fingerprint=_digest(*parts)), left_out
 
 
-def _is_text(content: bytes) -> bool:
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in content
+def _add(path: Path, text: bytearray) -> str | None:
+    """Adds the bytes of a file to a text, or says why it is none."""
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), len(text)
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(CHUNK)
+            begin = len(text) - start - len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                return f"not UTF-8 at byte {begin + error.start}"
+            if b"\0" in chunk:
+                return f"no text: byte {len(text) - start + chunk.index(0)} is zero"
+            if not chunk:
+                return None
+            text += chunk
+
+
+def _digest(*parts: np.ndarray) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(f"{part.size}\n".encode())
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _from_bin(folder: Path) -> Corpus:
     if not (folder / "val.bin").exists():
         raise ValueError(f"--data: {folder} has train.bin, but no val.bin beside it.")
     train, validation = (_tokens(folder / name) for name in ("train.bin", "val.bin"))
-    return Corpus(train, validation, GPT2_VOCAB_SIZE, is_text=False)
+    fingerprint = _digest(train, validation)
+    return Corpus(train, validation, GPT2_VOCAB_SIZE, is_text=False, fingerprint=fingerprint)
 
 
 def _tokens(file: Path) -> np.ndarray:
@@ -92,11 +146,10 @@ def _tokens(file: Path) -> np.ndarray:
 
 
 def _mapped(file: Path) -> np.ndarray:
+    """The tokens of a file, by its header, or else by what its numbers look like."""
     size = file.stat().st_size
-    if size == 0 or size % 2:
-        raise ValueError(
-            f"--data: {file} has {size} bytes, not 2 (uint16) or 4 (uint32) for each token."
-        )
+    with file.open("rb") as content:
+        beginning = content.read(4096)
     header = np.fromfile(file, np.int32, HEADER)
     if header.size == HEADER and header[0] in LLM_C_DTYPES:
         dtype, number = LLM_C_DTYPES[int(header[0])], int(header[2])
@@ -106,12 +159,52 @@ def _mapped(file: Path) -> np.ndarray:
                 f"bytes, of which each token takes {np.dtype(dtype).itemsize}. It may be cut off."
             )
         return np.memmap(file, dtype, mode="r", offset=4 * HEADER)
+    if what := "a NumPy file" * beginning.startswith(b"\x93NUMPY") or _text(beginning):
+        raise _no_tokens(file, what)
+    if size == 0 or size % 2:
+        raise ValueError(
+            f"--data: {file} has {size} bytes, not 2 (uint16) or 4 (uint32) for each token."
+        )
     tokens = np.memmap(file, np.uint16, mode="r")
-    # Of 32 bits the upper half is next to nothing, in every token.
-    lower, upper = tokens[:CHUNK:2], tokens[1:CHUNK:2]
-    if size % 4 == 0 and upper.max() <= 3 < lower.max():
+    some = np.asarray(tokens[:LOOKED_AT])
+    if some.max() <= 3:
+        return tokens
+    for dtype in OTHER_DTYPES:
+        if _most_are_ids(some[: some.size // 4 * 4].view(dtype)):
+            raise _no_tokens(file, f"numbers of {np.dtype(dtype)}")
+    # Of 32 bits the upper half is next to nothing.
+    if np.mean(some[1::2] <= 3) > MOST and some[::2].max() > 3:
+        if size % 4:
+            raise ValueError(
+                f"--data: {file} has {size} bytes, and looks like tokens of uint32, each of which "
+                "takes 4. It may be cut off."
+            )
         return np.memmap(file, np.uint32, mode="r")
     return tokens
+
+
+def _no_tokens(file: Path, what: str) -> ValueError:
+    return ValueError(
+        f"--data: {file} is {what}, not tokens of uint16 or uint32. Write them by "
+        f"np.asarray(tokens, np.uint16).tofile({file.name!r})."
+    )
+
+
+def _text(beginning: bytes) -> str:
+    """What a file is that begins as text does: tokens below 256 have a byte of zero."""
+    text = beginning.decode(errors="ignore")
+    is_text = len(text.encode()) > len(beginning) - 4 and all(
+        c.isprintable() or c.isspace() for c in text
+    )
+    return "text" * (is_text and len(text) > 0)
+
+
+def _most_are_ids(values: np.ndarray) -> bool:
+    """Whether numbers are whole and not negative, all but a few."""
+    with np.errstate(all="ignore"):
+        values = values.astype(np.float64)
+        are_ids = (values >= 0) & (values < 2**31) & (values == np.floor(values))
+    return values.size > 0 and bool(np.mean(are_ids) > MOST)
 
 
 class Windows(grain.sources.RandomAccessDataSource):

@@ -89,7 +89,7 @@ def train(
     )
     with (
         contextlib.closing(task.batches),
-        Recorder(folder, name, task.mesh) as recorder,
+        Recorder(folder, name, task.mesh, task.run) as recorder,
         training.stop_signal() as stopped,
     ):
         done, state = recorder.restore(state, task.batches)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import grain
@@ -30,6 +31,7 @@ class Task(NamedTuple):
     numbers: Any  # how its leaves are read as matrices
     batches: grain.DatasetIterator  # micro-batches, of which each process has its rows
     loss: Callable[[Any, Any], jax.Array]  # of the model and a micro-batch
+    run: dict[str, Any]  # its settings, and a fingerprint of its data
 
 
 class Stopped(Exception):
@@ -91,7 +93,8 @@ def start(
 
 def next_batch(task: Task, accumulate: int) -> Any:
     """The next batch, (micro-batches, rows, ...), with the rows over all devices."""
-    parts = [next(task.batches) for _ in range(accumulate)]
+    with processes.deaf_children():  # the first batch starts the processes that read
+        parts = [next(task.batches) for _ in range(accumulate)]
     batch = jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
     return placement.place_batch(batch, task.mesh, P(None, *placement.ROWS))
 
@@ -130,8 +133,9 @@ def make_validate(
         return evaluate_rows(model, batch)
 
     def validate(state: dict[str, Any]) -> dict[str, float]:
-        placed = (placement.place_batch(batch, mesh, placement.ROWS) for batch in batches)
-        sums = [jax.device_get(evaluate_batch(state, batch)) for batch in placed]
+        with processes.deaf_children():
+            placed = (placement.place_batch(batch, mesh, placement.ROWS) for batch in batches)
+            sums = [jax.device_get(evaluate_batch(state, batch)) for batch in placed]
         total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
         count = total.pop("count")
         return {f"val_{name}": value / count for name, value in total.items()}
@@ -158,22 +162,28 @@ def steps(recorder: Recorder, done: int, total: int) -> Iterator[int]:
             bar.update()
 
 
+SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_received: ContextVar[list[int]] = ContextVar("received")
+
+
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
     """Tells whether Ctrl-C or SIGTERM came to any process; a second one is not held back.
 
-    Orbax's `reached_preemption` needs JAX's distributed runtime, and does not see Ctrl-C.
+    Within another one it tells too what came to that before. Orbax's `reached_preemption` needs
+    JAX's distributed runtime, and does not see Ctrl-C.
     """
-    received = []
+    received = _received.get([])
+    token = _received.set(received)
 
     def receive(number: int, _: object) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, SIGNALS[number])
 
     # The handler is None where JAX, in several processes, has set one of its own.
     before = {
-        number: signal.signal(number, receive) or signal.SIG_DFL
-        for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, default if received else receive) or signal.SIG_DFL
+        for number, default in SIGNALS.items()
     }
     try:
         # Each process asks at each step, so that all stop at the same one.
@@ -181,3 +191,4 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _received.reset(token)

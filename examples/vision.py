@@ -76,9 +76,11 @@ class Config(program.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least(1, "workers", *(["epochs"] if self.epochs is not None else []))
-        self.check_at_least(0, "rand_augment", "mixup", "cutmix")
-        self.check_fraction("stochastic_depth", "random_erasing", "label_smoothing")
+        if self.epochs is not None and self.steps != Config.steps:
+            raise ValueError(
+                f"--steps {self.steps}: --epochs {self.epochs} says how long. Give one of them; "
+                "where the preset has epochs, --epochs None."
+            )
 
 
 _NANO = Config(
@@ -141,7 +143,7 @@ def prepare(flags: Any) -> Images:
     if "qk_clip" in flags.runs and not flags.model.startswith("vit-"):
         raise ValueError(f"--runs qk_clip needs the logits of a ViT, and --model is {flags.model}.")
     images = load_images(flags.data, SIZES[flags.model].num_channels)
-    flags.check_warmup(num_steps(flags, images), flags.runs)
+    flags.check_runs(num_steps(flags, images), flags.runs)
     program.make_mesh(flags)  # which checks the flag
     program.begin(flags)
     return images
@@ -202,6 +204,7 @@ def make_task(config: Config, images: Images) -> training.Task:
             ShardByJaxProcess(),
         ),
         loss=placement.spread_rows(loss, mesh),
+        run=program.describe(Config, config, images.fingerprint),
     )
 
 

@@ -111,7 +111,7 @@ def read(
         prefix: What may stand before the names in the file.
         ignore: A regular expression for names in the file that are not needed.
         leave_out: The same, for names that are told in a warning of the logger.
-        tied: Names in the file that may only repeat another one.
+        tied: Names in the file that may only repeat another one, or stand in its place.
 
     Returns:
         NumPy arrays of the dtypes in the file.
@@ -129,6 +129,7 @@ def read(
         if left_out := sorted(name for name in stored if re.search(leave_out, name)):
             _logger.warning("%s: left out %s.", path, ", ".join(left_out))
         stored = {name: full for name, full in stored.items() if name not in left_out}
+        stored = {tied[name]: stored[name] for name in tied if name in stored} | stored
         shapes = {
             name: tuple(files[full].get_slice(full).get_shape()) for name, full in stored.items()
         }

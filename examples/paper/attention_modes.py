@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from examples import plots
+from examples import plots, program
 from weyl_optax.dynamics import CollapseMode, attention_entropy, collapse_mode, effective_rank
 
 
@@ -73,9 +73,14 @@ def draw(weights: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[Figure, st
     return figure, "\n".join(lines)
 
 
-def main(flags: Flags) -> None:
+def prepare(flags: Flags) -> dict[str, np.ndarray]:
+    """The W of each mode."""
+    program.check_folder(flags.out)
+    return make_weights(flags.seed)
+
+
+def main(flags: Flags, weights: dict[str, np.ndarray]) -> None:
     """Draws and prints the three modes."""
-    weights = make_weights(flags.seed)
     width = len(weights["normal"])
     tokens = np.random.default_rng(flags.seed + 1).normal(size=(width, 48))
     figure, text = draw(weights, tokens)
@@ -85,4 +90,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags))
+    program.run(lambda: tyro.cli(Flags), prepare, main)

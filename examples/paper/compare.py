@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from filelock import FileLock
 
 from examples import language, optimizers, plots, program, results, tables
 from examples.paper import nano
@@ -26,7 +27,8 @@ class Flags:
     """Tune every optimizer on one seed, and train with its best settings on others.
 
     Every run is a line of one table. What the table has is not trained again: stop the
-    program at any time and start it anew, or let several do different optimizers at once.
+    program at any time and start it anew, or let several run at once: of two that come to the same
+    run, one waits for the other.
     """
 
     model: nano.Name = "gpt"
@@ -53,8 +55,9 @@ def prepare(flags: Flags) -> nano.Nano:
     Raises:
         ValueError: If a flag is out of range.
     """
-    if flags.steps < 10 or flags.seeds < 1:
-        raise ValueError("--steps must be at least 10, and --seeds at least 1.")
+    if flags.steps < 10 or not flags.runs:
+        raise ValueError("--steps must be at least 10, and --runs has to name an optimizer.")
+    program.check_folder(flags.out)
     task = nano.load(flags.model)
     if flags.data is not None:
         if not isinstance(task.config, language.Config):
@@ -145,12 +148,10 @@ class Runs:
         self._flags, self._task = flags, task
         self._what = {
             "model": flags.model,
-            "data": None if flags.data is None else flags.data.name,
+            "data": None if flags.data is None else f"{flags.data.name} {task.data.fingerprint}",
             "steps": flags.steps,
         }
-        text = flags.table.read_text() if flags.table.exists() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
-        self.lines = [line for line in lines if self._what.items() <= line.items()]
+        self.lines = self._read()
 
     def of(self, name: str, seed: int = 0) -> Callable[[Settings], float]:
         """The validation loss of an optimizer as a function of its settings, inf for none."""
@@ -158,14 +159,33 @@ class Runs:
         def loss(settings: Settings) -> float:
             run = self._what | {"optimizer": name, "seed": seed, "settings": settings}
             run = json.loads(json.dumps(run))  # as it is in the table
-            for line in self.lines:
-                if run.items() <= line.items():
-                    return _loss(line)
-            return _loss(self._train(run, settings))
+            return _loss(self._found(run) or self._train_alone(run, settings))
 
         return loss
 
-    def _train(self, run: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    def _read(self) -> plots.Lines:
+        """The lines of the table that are whole, and of this model, length and text."""
+        text = self._flags.table.read_text() if self._flags.table.exists() else ""
+        lines = []
+        for part in filter(None, text.splitlines()):
+            try:
+                lines.append(json.loads(part))
+            except ValueError:
+                print(f"{self._flags.table}: a damaged line is left out: {part[:40]}")
+        return [line for line in lines if self._what.items() <= line.items()]
+
+    def _found(self, run: dict[str, Any]) -> dict[str, Any] | None:
+        return next((line for line in self.lines if run.items() <= line.items()), None)
+
+    def _train_alone(self, run: dict[str, Any], settings: Settings) -> dict[str, Any]:
+        """Trains where no other process does; what one did meanwhile is in the table."""
+        parts = [*self._what.values(), run["optimizer"], run["seed"], *settings.values()]
+        folder = self._flags.out / "-".join(map(str, parts)).replace(" ", "")
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            self.lines = self._read()
+            return self._found(run) or self._train(run, settings, folder)
+
+    def _train(self, run: dict[str, Any], settings: Settings, folder: Path) -> dict[str, Any]:
         """Trains in a folder of its own, which goes when the run is a line of the table."""
         flags, name, seed = self._flags, run["optimizer"], run["seed"]
         config = dataclasses.replace(
@@ -176,15 +196,14 @@ class Runs:
             log_every=max(1, flags.steps // 20),
             validate_every=flags.steps,
         )
-        parts = [*self._what.values(), name, seed, *settings.values()]
-        folder = flags.out / "-".join(map(str, parts)).replace(" ", "")
         folder.mkdir(exist_ok=True)
         self._task.train(name, config, self._task.data, folder, norms=False)
         summary = results.summarize(folder, name)
         kept = ("val_loss", "val_accuracy", "train_loss", "diverged_at")
         line = run | {key: summary[key] for key in kept if key in summary}
+        is_cut = flags.table.exists() and not flags.table.read_bytes().endswith(b"\n")
         with flags.table.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write("\n" * is_cut + json.dumps(line) + "\n")
         self.lines.append(line)
         shutil.rmtree(folder)
         return line

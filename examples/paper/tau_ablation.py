@@ -36,6 +36,8 @@ def prepare(flags: Flags) -> dict[str, nano.Nano]:
     Raises:
         ValueError: If a flag is out of range, or if it would lose or mix runs.
     """
+    if not flags.models or not flags.taus:
+        raise ValueError("--models and --taus: name at least one of each.")
     tasks = {}
     for name in flags.models:
         model = nano.load(name)
@@ -55,12 +57,12 @@ def main(flags: Flags, tasks: dict[str, nano.Nano]) -> None:
     runs: dict[str, Any] = {name: {} for name in tasks}
     for name, model in tasks.items():
         for tau in flags.taus:
-            folder = flags.out / name / f"{tau:g}"
+            folder = flags.out / name / str(tau)
             folder.mkdir(parents=True, exist_ok=True)
             config = dataclasses.replace(model.config, tau=tau)
             model.train("adamw2", config, model.data, folder, norms=False)
             lines[name][tau] = recorder.read_metrics(folder, "adamw2")
-            runs[name][f"{tau:g}"] = results.summarize(folder, "adamw2")
+            runs[name][str(tau)] = results.summarize(folder, "adamw2")
             results.write_summary(flags.out, runs)
     rows = [["validation loss", *(f"tau {tau:g}" for tau in flags.taus)]]
     for name, by_tau in runs.items():

@@ -225,6 +225,92 @@ def test_gray_of_32_bits_goes_from_its_least_to_its_largest_value(tmp_path, dtyp
     assert not np.asarray(Files([str(tmp_path / "flat.tiff")], [0], "L")[0].image).any()
 
 
+def decoded(path, mode="L"):
+    return np.asarray(Files([str(path)], [0], mode)[0].image, float)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_gray_of_fewer_bits_in_16_has_its_whole_range(tmp_path, bits):
+    ramp = np.linspace(0, 2**bits - 1, 400).round().astype(np.uint16).reshape(20, 20)
+    Image.fromarray(ramp).save(tmp_path / "ramp.tiff")
+    expected = ramp * (255 / (2**bits - 1))
+    np.testing.assert_allclose(decoded(tmp_path / "ramp.tiff"), expected, atol=0.51)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_pixel_that_is_not_finite_is_the_darkest_or_the_brightest(tmp_path, value):
+    ramp = np.linspace(-3, 5, 256, dtype=np.float32).reshape(16, 16)
+    ramp[4, 4] = value
+    Image.fromarray(ramp).save(tmp_path / "ramp.tiff")
+    expected = (np.clip(np.nan_to_num(ramp, nan=-3), -3, 5) + 3) * 255 / 8
+    np.testing.assert_allclose(decoded(tmp_path / "ramp.tiff"), expected, atol=0.51)
+    Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "none.tiff")
+    assert Files([str(tmp_path / "none.tiff")], [0], "L")[0].image is None
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+@pytest.mark.parametrize("hidden", [0, 99])
+def test_what_is_transparent_is_white(tmp_path, mode, hidden):
+    """A stroke of black on transparency, whatever color is hidden below."""
+    alpha = np.zeros((8, 8), np.uint8)
+    alpha[2:4] = 255
+    gray = np.where(alpha == 255, 3, hidden).astype(np.uint8)
+    options = {}
+    if mode in ("RGBA", "LA"):
+        image = Image.fromarray(np.dstack([gray] * (len(mode) - 1) + [alpha]))
+    else:  # one color is transparent
+        image = Image.fromarray(gray)
+        options = {"transparency": (hidden,) * 3 if mode == "RGB" else hidden}
+        if mode == "P":
+            image.putpalette(bytes(x for level in range(256) for x in [level] * 3))
+        image = image.convert(mode) if mode == "RGB" else image
+    image.save(tmp_path / "a.png", **options)
+    expected = np.where(alpha == 255, 3, 255)
+    np.testing.assert_array_equal(decoded(tmp_path / "a.png"), expected)
+    color = decoded(tmp_path / "a.png", "RGB")
+    np.testing.assert_array_equal(color, np.repeat(expected[..., None], 3, -1))
+
+
+def test_half_transparent_is_halfway_to_white(tmp_path):
+    Image.new("RGBA", (4, 4), (100, 0, 200, 128)).save(tmp_path / "a.png")
+    expected = np.array([100, 0, 200]) * 128 / 255 + 127
+    np.testing.assert_allclose(decoded(tmp_path / "a.png", "RGB")[0, 0], expected, atol=1)
+
+
+@pytest.mark.parametrize("suffix", ["h5", "grib", "bufr", "mpg", "ps", "eps", "wmf", "iim"])
+def test_what_pillow_knows_and_cannot_show_is_no_image(tmp_path, suffix):
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / part / "a" / "a.png")
+    (tmp_path / "train" / "a" / f"b.{suffix}").write_bytes(b"")
+    assert len(load_images(tmp_path, 1).train) == 1
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_images_of_which_none_can_be_read_are_an_error(image_folder, part):
+    for file in (image_folder / part).rglob("*.jpeg"):
+        file.write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"none of the \d+ images in .*{part} can be read"):
+        load_images(image_folder, 3)
+
+
+def test_the_fingerprint_is_that_of_names_sizes_and_contents_wherever_they_lie(
+    image_folder, tmp_path
+):
+    before = load_images(image_folder, 3).fingerprint
+    image_folder.rename(tmp_path / "moved")
+    assert load_images(tmp_path / "moved", 3).fingerprint == before
+    file = tmp_path / "moved" / "train" / "blue" / "3.jpeg"
+    file.rename(file.with_name("9.jpeg"))
+    assert load_images(tmp_path / "moved", 3).fingerprint != before
+    file.with_name("9.jpeg").rename(file)
+    assert load_images(tmp_path / "moved", 3).fingerprint == before
+    content = bytearray(file.read_bytes())
+    content[-30] ^= 1
+    file.write_bytes(content)
+    assert load_images(tmp_path / "moved", 3).fingerprint != before
+
+
 def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
     pixels = np.zeros((8, 16), np.uint8)
     pixels[:, :8] = 255

@@ -120,6 +120,55 @@ def test_flags_that_do_not_fit_are_errors():
 
 
 @pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("localhost", "--coordinator localhost: write host:port, with a port up to 65535"),
+        ("localhost:99999", "write host:port"),
+        ("localhost:", "write host:port"),
+        (":1234", "write host:port"),
+    ],
+)
+def test_an_address_that_is_none_is_an_error(address, message):
+    with pytest.raises(ValueError, match=message):
+        processes.join(processes.Flags(address, 2, 0))
+
+
+def test_a_port_in_use_is_an_error_of_the_first_process():
+    with socket.create_server(("", 0)) as used:
+        address = f"localhost:{used.getsockname()[1]}"
+        with pytest.raises(ValueError, match=r"Address already in use\. Give another port"):
+            processes.join(processes.Flags(address, 2, 0))
+
+
+LONELY = """
+from examples import processes
+processes.SAY, processes.GIVE_UP = 1.0, 3.0
+processes.join(processes.Flags("localhost:{port}", 2, {process_id}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process_id", [0, 1])
+def test_who_waits_for_nobody_says_so_and_ends(process_id):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    ended = subprocess.run(
+        [sys.executable, "-c", LONELY.format(port=port, process_id=process_id)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if "--coordinator" in line]
+    for line, begin, seconds in zip(said, ("", "error: "), (1, 3), strict=True):
+        assert line == (
+            f"{begin}--coordinator localhost:{port}: the processes have not met in {seconds} s. "
+            "Start each with this address of the first, and its own --process-id."
+        )
+
+
+@pytest.mark.parametrize(
     ("before", "after"),
     [
         ("", ""),

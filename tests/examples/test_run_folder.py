@@ -1,6 +1,9 @@
 """A run folder that was damaged: what is left of it is used, and what is not is said."""
 
+import errno
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +56,11 @@ def test_two_checkpoints_are_kept(finished):
     assert kept == {"8", "12"}
 
 
+def cut_to(number):
+    """Keeps the first lines of a record."""
+    return lambda file: file.write_text("".join(file.read_text().splitlines(True)[:number]))
+
+
 TORN = {  # and how many lines are lost
     "cut in the middle": (lambda text: text[:-40], 1),
     "zeros at its end": (lambda text: text[:-40] + "\0" * 40, 1),
@@ -83,16 +91,59 @@ def test_a_run_with_a_damaged_record_ends_where_the_checkpoint_does(finished, ou
 
 
 @pytest.mark.slow
-def test_a_record_that_is_gone_begins_again_at_the_checkpoint(finished, out):
-    (out / "metrics.jsonl").unlink()
+@pytest.mark.parametrize(
+    ("change", "gone"), [(lambda f: f.unlink(), 5), (cut_to(0), 5), (cut_to(2), 3), (cut_to(4), 1)]
+)
+def test_lines_of_the_record_that_are_gone_are_said_once(finished, out, capsys, change, gone):
+    record, left = out / "metrics.jsonl", 5 - gone
+    assert len(lines(out)) == 5
+    change(record)
     run(out, "--resume")
-    assert lines(out) == lines(finished)[-1:]
+    said = f"{record}: of 5 lines of adamw2 up to step 12, {gone} are gone."
+    assert said in capsys.readouterr().out
+    assert lines(out) == lines(finished)[:left] + lines(finished)[-1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["checkpoints", "checkpoints/adamw2"])
+def test_a_run_without_its_checkpoints_says_that_it_begins_again(finished, out, capsys, folder):
+    shutil.rmtree(out / folder)
+    run(out, "--resume")
+    assert "adamw2 has logged steps and has no checkpoint: it begins again." in (
+        capsys.readouterr().out
+    )
+    assert lines(out) == lines(finished)
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "metrics.jsonl"])
+@pytest.mark.parametrize("flags", [[], ["--resume"], ["--seed", "7"]])
+def test_a_folder_without_its_config_is_not_begun_anew(tmp_path, left, flags):
+    (tmp_path / "checkpoints" / "adamw2" / "4").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("")
+    for name in {"checkpoints", "metrics.jsonl"} - {left}:
+        (tmp_path / name).rename(tmp_path.parent / f"{tmp_path.name}-{name}")
+    how = r"config\.json is gone\. Write it anew" if flags == ["--resume"] else "has a run"
+    with pytest.raises(ValueError, match=how):
+        run(tmp_path, *flags)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_folder_in_which_nothing_was_trained_may_be_begun_anew(tmp_path):
+    for seed in ("1", "2"):
+        flags = train_gpt.parse([*FLAGS, "--out", str(tmp_path), "--seed", seed])
+        program.begin(flags)
+        assert json.loads((tmp_path / "config.json").read_text())["seed"] == int(seed)
 
 
 def flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def relabel(folder, change):
+    label = json.loads((folder / "digests.json").read_text())
+    (folder / "digests.json").write_text(json.dumps(change(label)))
 
 
 DAMAGE = {
@@ -102,6 +153,11 @@ DAMAGE = {
     "a part gone": lambda folder: shutil.rmtree(folder / "state"),
     "a file gone": lambda folder: biggest(folder).unlink(),
     "not saved to its end": lambda folder: (folder / "digests.json").unlink(),
+    "no digests": lambda folder: relabel(folder, lambda _: {}),
+    "null": lambda folder: relabel(folder, lambda _: None),
+    "a list": lambda folder: relabel(folder, lambda label: [label]),
+    "digests of nothing": lambda folder: relabel(folder, lambda label: label | {"files": {}}),
+    "a file too many": lambda folder: (folder / "state" / "more").write_text(""),
     "empty": lambda folder: [shutil.rmtree(folder), folder.mkdir()],
 }
 
@@ -110,7 +166,8 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(out, damage, capsys):
     damage(checkpoint(out, 12))
-    checkpoints = Checkpoints(out / "checkpoints" / "adamw2")
+    label = json.loads((checkpoint(out, 8) / "digests.json").read_text())
+    checkpoints = Checkpoints(out / "checkpoints" / "adamw2", label["run"])
     checkpoints.close()
     assert checkpoints.latest_step == 8
     assert f"{checkpoint(out, 12)} is not whole" in capsys.readouterr().out
@@ -124,6 +181,50 @@ def test_a_run_goes_on_from_the_one_before(finished, out, capsys):
     assert "adamw2 goes on after step 8 on the same devices, to the bit." in capsys.readouterr().out
     assert lines(out) == lines(finished)
     assert checkpoint(out, 12).is_dir()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_step_is_refused(out):
+    checkpoint(out, 12).rename(checkpoint(out, 40))
+    with pytest.raises(Damaged, match=r"40 is the checkpoint of step 12: name it so again"):
+        run(out, "--resume")
+    checkpoint(out, 40).rename(checkpoint(out, 3))
+    checkpoint(out, 8).rename(checkpoint(out, 12))
+    with pytest.raises(Damaged, match=r"12 is the checkpoint of step 8"):
+        run(out, "--resume")
+    assert {f.name for f in checkpoint(out, 3).parent.iterdir()} == {"3", "12"}  # nothing is lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, r"12 is the checkpoint of another run, with seed 1, not 0\. Put back"),
+        ({"run": "adamw"}, "of another run, with run adamw, not adamw2"),
+        ({"learning_rate": 0.5, "steps": 9}, "with learning_rate 0.5, not 0.01, steps 9, not 12"),
+        ({"data": "0"}, r"the data are not those on which adamw2 was trained up to step 12"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(out, changes, message):
+    relabel(checkpoint(out, 12), lambda label: label | {"run": label["run"] | changes})
+    with pytest.raises(Damaged, match=message):
+        run(out, "--resume")
+    assert checkpoint(out, 12).is_dir()
+
+
+@pytest.mark.slow
+def test_a_text_that_was_replaced_is_refused_and_one_that_was_put_back_is_not(tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("the first text, of which there is enough. " * 40)
+    run(out, "--data", str(text), "--steps", "4")
+    whole = lines(out)
+    text.rename(tmp_path / "first.txt")
+    text.write_text("A QUITE OTHER TEXT WITH OTHER LETTERS!!! " * 40)
+    with pytest.raises(Damaged, match="Put those back, or give another --out"):
+        run(out, "--data", str(text), "--steps", "4", "--resume")
+    (tmp_path / "first.txt").rename(text)
+    run(out, "--data", str(text), "--steps", "4", "--resume")
+    assert lines(out) == whole
 
 
 @pytest.mark.slow
@@ -164,22 +265,137 @@ def test_a_damaged_config_is_named(out, text):
         run(out, "--resume")
 
 
-def test_a_file_in_place_of_the_folder_and_a_full_disk_are_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("file", r"file is a file\. Name a folder"),
+        ("gs://bucket/run", "name a folder of this machine"),
+        (b"r\xff".decode(errors="surrogateescape"), r"--out 'r.udcff': name it in UTF-8"),
+    ],
+)
+def test_what_cannot_be_a_folder_is_refused(tmp_path, monkeypatch, folder, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"file is a file\. Name a folder"):
-        run(tmp_path / "file")
+    with pytest.raises(ValueError, match=message):
+        run(folder)
     assert (tmp_path / "file").read_text() == "mine"
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    for prepare, main, said in ((full, None, ""), (lambda _: None, full, "go on with the same")):
-        with pytest.raises(SystemExit) as stopped:
-            program.run(lambda: train_gpt.parse([]), prepare, main)
-        message = str(stopped.value.code)
-        assert message.startswith("error: [Errno 28] No space left on device")
-        assert said in message
-        assert "\n" not in message
+def ending(tmp_path, error, when="main"):
+    """The exit code of a program in which an error comes up."""
+
+    def raise_it(*_):
+        raise error
+
+    main, prepare = (raise_it, lambda _: None) if when == "main" else (None, raise_it)
+    with pytest.raises(SystemExit) as stopped:
+        program.run(lambda: train_gpt.parse(["--out", str(tmp_path / "run")]), prepare, main)
+    return stopped.value.code
+
+
+ENDINGS = {
+    "no space": (OSError(errno.ENOSPC, "No space left on device"), "once there is space"),
+    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "once there is space"),
+    "size of a file": (OSError(errno.EFBIG, "File too large"), "once there is space"),
+    "input or output": (OSError(errno.EIO, "Input/output error"), "once that is mended"),
+    "not foreseen": (RuntimeError("a\nb"), r"error: RuntimeError: a\. The traceback is in "),
+    "ours": (Damaged("none is whole."), r"error: none is whole\.$"),
+}
+
+
+@pytest.mark.parametrize(("error", "said"), ENDINGS.values(), ids=ENDINGS)
+def test_whatever_happens_in_a_run_ends_with_one_line(tmp_path, error, said):
+    line = ending(tmp_path, error)
+    assert line.startswith("error: ")
+    assert re.search(said, line)
+    assert "\n" not in line
+    if not isinstance(error, Damaged):
+        assert f"{tmp_path / 'run'} is as its last checkpoint has it" in line
+        assert line.endswith("go on with the same command and --resume.")
+    file = tmp_path / "run.traceback.txt"
+    assert file.exists() == isinstance(error, RuntimeError)
+    if file.exists():
+        assert str(file) in line
+        assert file.read_text().endswith("RuntimeError: a\nb\n")
+
+
+LIMITED = """
+import resource, sys, types
+import jax
+from examples import processes
+from examples.checkpoints import Checkpoints
+from examples.recorder import Recorder
+from jax.sharding import Mesh
+from pathlib import Path
+
+def fill_record():
+    mesh = Mesh(jax.devices(), ("data",))
+    with Recorder(Path(sys.argv[1]), "adamw2", mesh, {}) as recorder:
+        limit()
+        for step in range(10_000):
+            recorder.write(step, {"loss": 1.0})
+
+def save():
+    checkpoints = Checkpoints(Path(sys.argv[1]), {})
+    state = [jax.random.normal(jax.random.key(i), (200, 200)) for i in range(20)]
+    limit()
+    checkpoints.save(2, state, {})
+
+def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+try:
+    globals()[sys.argv[2]]()
+except OSError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["fill_record", "save"])
+def test_a_file_that_may_not_grow_is_one_error_and_no_hang(tmp_path, what):
+    """A full disk does the same; TensorBoard's writer would wait for ever, Orbax say more."""
+    ended = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path), what],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: \[Errno 27\] File too large.*\n", ended.stderr)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("--x 3: it must be 4."), OSError(13, "Permission denied", "/x")]
+)
+def test_whatever_happens_before_is_one_line_of_it_alone(tmp_path, error):
+    assert ending(tmp_path, error, when="prepare") == f"error: {error}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("when", ["prepare", "main"])
+def test_ctrl_c_at_any_time_is_one_line(tmp_path, when, capsys):
+    assert ending(tmp_path, KeyboardInterrupt(), when=when) == 130
+    said = capsys.readouterr()
+    go_on = " Go on with the same command and --resume." * (when == "main")
+    assert said.out == f"\nStopped.{go_on}\n"
+    assert said.err == ""
+
+
+def test_a_letter_that_the_terminal_has_not_is_a_question_mark(tmp_path):
+    code = (
+        "from examples import program, train_gpt\n"
+        "program.run(lambda: train_gpt.parse([]), lambda _: None, lambda *_: print('AdamW²'))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == "AdamW?\n"
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -79,6 +80,106 @@ def test_a_token_outside_of_the_vocabulary_is_found_wherever_it_is(tmp_path, mon
         load_corpus(tmp_path)
 
 
+IDS = np.random.default_rng(0).integers(0, 50257, 5000)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (IDS.astype("<u4").tobytes()[:-2], r"19998 bytes, and looks like .*uint32.* be cut off"),
+        (IDS.astype("<i8").tobytes(), "is numbers of int64, not tokens of uint16 or uint32"),
+        (IDS.astype("<i8").tobytes()[:-2], "is numbers of int64"),
+        (np.where(IDS % 50, IDS, -100).astype("<i8").tobytes(), "is numbers of int64"),
+        (IDS.astype("<f2").tobytes(), r"is numbers of float16.* Write them by"),
+        (IDS.astype("<f4").tobytes(), "is numbers of float32"),
+        (IDS.astype("<f8").tobytes(), "is numbers of float64"),
+        (np.r_[IDS, 300_000].astype("<u4").tobytes(), "has the token 300000 at position 5000"),
+        ("Plain text — in UTF-8.\n".encode() * 300, "is text, not tokens"),
+        (b"\x93NUMPY\x01\0" + IDS.astype("<u2").tobytes(), "is a NumPy file, not tokens"),
+    ],
+)
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+def test_what_is_no_tokens_is_named(tmp_path, content, message, name):
+    for file in ("train.bin", "val.bin"):
+        IDS.astype(np.uint16).tofile(tmp_path / file)
+    load_corpus(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"--data: .*{name}.*{message}"):
+        load_corpus(tmp_path)
+
+
+def test_the_fingerprint_is_that_of_all_tokens(tmp_path):
+    def fingerprint():
+        return load_corpus(tmp_path).fingerprint
+
+    for file in ("train.bin", "val.bin"):
+        IDS.astype(np.uint16).tofile(tmp_path / file)
+    before = fingerprint()
+    assert fingerprint() == before
+    for file in ("train.bin", "val.bin"):
+        for place in (0, 2500, 4999):
+            changed = IDS.copy()
+            changed[place] ^= 1
+            changed.astype(np.uint16).tofile(tmp_path / file)
+            assert fingerprint() != before
+        IDS.astype(np.uint16).tofile(tmp_path / file)
+    assert fingerprint() == before
+
+
+TEXT = "The café served naïve quotes, and more. " * 3
+BAD = {  # and at which byte
+    "latin-1": (TEXT.encode("latin-1"), "not UTF-8 at byte 7"),
+    "UTF-16": (TEXT.encode("utf-16"), "not UTF-8 at byte 0"),
+    "UTF-16 without a mark": ("text".encode("utf-16-le"), "byte 1 is zero"),
+    "GBK": ("训练数据。".encode("gbk"), "not UTF-8 at byte 2"),
+    "one stray byte": (b"a" * 1000 + b"\x92" + b"a" * 1000, "not UTF-8 at byte 1000"),
+    "one NUL": (b"a" * 1000 + b"\0" + b"a" * 1000, "byte 1000 is zero"),
+    "a letter that is cut": (("a" * 127 + "é").encode()[:-1], "not UTF-8 at byte 127"),
+}
+
+
+@pytest.mark.parametrize(("content", "why"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("chunk", [64, 65, 1 << 24])
+def test_a_text_that_is_not_utf_8_is_said_with_the_place(
+    tmp_path, monkeypatch, capsys, content, why, chunk
+):
+    monkeypatch.setattr(text_data, "CHUNK", chunk)
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"iconv.*bad\.txt: .*{why}"):
+        load_corpus(tmp_path / "bad.txt")
+    (tmp_path / "good.txt").write_text(TEXT)
+    corpus = load_corpus(tmp_path)
+    assert corpus.train.tobytes() + corpus.validation.tobytes() == TEXT.encode()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{tmp_path}: 1 text files, 1 other files and 0 hidden ones left out"
+    assert re.fullmatch(rf"  bad\.txt: .*{why}", said[1])
+
+
+def test_hidden_files_are_left_out_and_links_are_followed(tmp_path, capsys):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for file in (".git/config", ".hidden.txt", "b/c/.d/e.txt", "a.txt", "b/z.txt"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(file)
+    elsewhere.mkdir()
+    (elsewhere / "linked.txt").write_text("linked")
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "b" / "up").symlink_to(folder)
+    corpus = load_corpus(folder)
+    assert corpus.train.tobytes() + corpus.validation.tobytes() == b"a.txt\nb/z.txt\nlinked"
+    assert "3 text files, 0 other files and 3 hidden ones left out" in capsys.readouterr().out
+
+
+def test_many_files_that_are_left_out_are_counted(tmp_path, capsys):
+    for i in range(25):
+        (tmp_path / f"{i:02}.bin").write_bytes(b"\xff")
+    (tmp_path / "a.txt").write_text(TEXT)
+    load_corpus(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert "1 text files, 25 other files" in said[0]
+    assert [line[2:8] for line in said[1:11]] == [f"{i:02}.bin" for i in range(10)]
+    assert said[11:] == ["  and 15 more"]
+
+
 def test_bad_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         load_corpus(tmp_path / "absent")
@@ -87,7 +188,10 @@ def test_bad_data_are_named(tmp_path):
     np.arange(3, dtype=np.uint16).tofile(tmp_path / "train.bin")
     with pytest.raises(ValueError, match=r"no val\.bin beside it"):
         load_corpus(tmp_path)
-    (tmp_path / "val.bin").write_bytes(b"abc")
+    (tmp_path / "val.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"val\.bin has 0 bytes"):
+        load_corpus(tmp_path)
+    (tmp_path / "val.bin").write_bytes(b"\0\1\2")
     with pytest.raises(ValueError, match=r"val\.bin has 3 bytes"):
         load_corpus(tmp_path)
     np.array([7, 50257], np.uint16).tofile(tmp_path / "val.bin")

@@ -115,6 +115,41 @@ def test_resumes_after_ctrl_c_to_the_same_numbers_to_the_bit(
 
 
 @pytest.mark.slow
+def test_ctrl_c_in_the_last_save_of_a_run_is_heard_before_the_next(tmp_path, monkeypatch, capsys):
+    save = recorder.Recorder.save
+
+    def press(recorder, step, *state):
+        save(recorder, step, *state)
+        if (recorder.name, step) == ("adamw", 12):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder.Recorder, "save", press)
+        with pytest.raises(training.Stopped, match="adamw has ended, and adamw2 not begun"):
+            run(tmp_path / "out", "--runs", "adamw", "adamw2")
+    assert lines(tmp_path / "out", "adamw2") == []
+    assert list(json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]) == ["adamw"]
+    run(tmp_path / "out", "--runs", "adamw", "adamw2", "--resume")
+    assert [lines(tmp_path / "out", name)[-1]["step"] for name in ("adamw", "adamw2")] == [12, 12]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_a_run_is_heard_in_it_and_a_second_one_at_once(number):
+    before = signal.getsignal(number)
+    with training.stop_signal():
+        with training.stop_signal() as stopped:
+            assert not stopped()
+        signal.raise_signal(number)
+        for _ in range(2):
+            with training.stop_signal() as stopped:
+                assert stopped()
+                assert signal.getsignal(number) == training.SIGNALS[number]
+    with training.stop_signal() as stopped:
+        assert not stopped()
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.slow
 def test_resumes_from_the_last_checkpoint_after_a_kill(finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
     flags = (*WATCHED, "--runs", "adamw2", "--save-every", "4")
@@ -209,8 +244,18 @@ def test_presets_are_the_defaults_of_the_other_flags():
         (["--batch", "9", "--accumulate", "2"], "does not divide --batch 9"),
         (["--warmup", "12"], "it must be below the 12 steps"),
         (["--log-every", "0"], "--log-every 0: it must be at least 1"),
+        (["--seed", "-1"], "it must be at least 0, and at most 4294967295."),
+        (["--seed", "99999999999999999999999"], "it must be at least 0, and at most 4294967295"),
+        (["--max-norm", "0"], "--max-norm 0.0: it must be above 0, and at most"),
+        (["--max-logit", "0"], "--max-logit 0.0: it must be above 0"),
+        (["--validation-batches", "1000000000"], "at least 1, and at most 1000000."),
+        (["--batch", "1000000000"], "--batch 1000000000: it must be"),
+        (["--learning-rate", "1e39"], "--learning-rate 1e+39: it must be at least 0, and at most"),
+        (["--weight-decay", "nan"], "--weight-decay nan: it must be at least 0"),
+        (["--clip", "inf"], "--clip inf: it must be"),
+        (["--runs"], "--runs: name at least one optimizer"),
         (["--tau", "-1"], "--tau -1.0: it must be at least 0"),
-        (["--betas", "0.9", "1.0"], "0 or more, and below 1"),
+        (["--betas", "0.9", "1.0"], "at least 0, and below 1"),
         (["--preset", "gpt3"], "invalid choice 'gpt3'"),
         (["--data", "absent"], "no such file or folder"),
         (["--resume"], "has no run"),
@@ -259,9 +304,9 @@ def test_every_optimizer_of_the_comparison_descends(name):
 
 
 def test_a_warmup_that_no_run_has_may_be_as_long_as_it_likes():
-    program.Config(warmup=12).check_warmup(12, ["adamw2", "muon"])
+    program.Config(warmup=12).check_runs(12, ["adamw2", "muon"])
     with pytest.raises(ValueError, match="below the 12 steps"):
-        program.Config(warmup=12).check_warmup(12, ["adamw2", "muon_warmup"])
+        program.Config(warmup=12).check_runs(12, ["adamw2", "muon_warmup"])
 
 
 @pytest.mark.slow

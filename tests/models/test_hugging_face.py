@@ -126,6 +126,15 @@ def test_a_head_that_is_not_tied_is_an_error(tmp_path):
         gpt.GPT.from_safetensors(path, GPT)
 
 
+def test_an_embedding_that_is_stored_as_the_head_alone_loads(tmp_path):
+    def head_alone(tensors):
+        return tensors | {"lm_head.weight": tensors.pop("transformer.wte.weight")}
+
+    path = rewritten(tmp_path, "gpt2", head_alone)
+    assert "transformer.wte.weight" not in load_file(path)
+    expect_golden(gpt.GPT.from_safetensors(path, GPT), "gpt2")
+
+
 def test_fine_tunes_with_another_head():
     model = vit.ViT.from_safetensors(DATA / "vit.safetensors", VIT)
     model.head = nnx.Linear(16, 2, rngs=nnx.Rngs(0))

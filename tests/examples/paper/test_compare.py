@@ -2,6 +2,10 @@ import dataclasses
 import itertools
 import json
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,10 +140,75 @@ def test_what_the_table_has_is_not_trained_again(tmp_path, monkeypatch):
     assert len(flags.table.read_text().splitlines()) == len(lines)
 
 
+class Trained:
+    """A training of no time, whose loss is the number of runs so far."""
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, name, config, data, folder, norms):
+        self.texts.append(data.train.tobytes())
+        line = {"run": name, "step": 10, "loss": 1.0, "val_loss": float(len(self.texts))}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+
+def runs_of(tmp_path, train, **changes):
+    flags = compare.Flags(steps=10, table=tmp_path / "table.jsonl", out=tmp_path / "out", **changes)
+    return compare.Runs(flags, compare.prepare(flags)._replace(train=train)).of("adamw")
+
+
+def test_texts_of_the_same_name_share_no_line(tmp_path):
+    train, settings, texts = Trained(), {"learning_rate": 1e-3}, []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        texts.append(tmp_path / name / "input.txt")
+        texts[-1].write_text(name * 5000)
+    losses = [runs_of(tmp_path, train, data=text)(settings) for text in [*texts, *texts]]
+    assert losses == [1, 2, 1, 2]
+    assert [text[:1] for text in train.texts] == [b"a", b"b"]
+
+
+def test_a_table_whose_last_line_is_cut_loses_that_line_alone(tmp_path, capsys):
+    train, table = Trained(), tmp_path / "table.jsonl"
+    for rate in (1e-3, 1e-2):
+        runs_of(tmp_path, train)({"learning_rate": rate})
+    table.write_text(table.read_text()[:-30])
+    for expected in ([1, 3], [1, 3]):
+        capsys.readouterr()
+        loss = runs_of(tmp_path, train)
+        assert "a damaged line is left out: " in capsys.readouterr().out
+        assert [loss({"learning_rate": rate}) for rate in (1e-3, 1e-2)] == expected
+    assert len(table.read_text().splitlines()) == 3
+
+
+def test_of_two_at_once_one_trains_and_the_other_has_its_line(tmp_path):
+    train = Trained()
+    losses = [runs_of(tmp_path, train) for _ in range(2)]  # which have read the same table
+    assert [loss({"learning_rate": 1e-3}) for loss in losses] == [1, 1]
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments, **options):
+        began.set()
+        assert go_on.wait(60)
+        train(*arguments, **options)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(runs_of(tmp_path, slow), {"learning_rate": 1e-2})
+        assert began.wait(60)
+        second = pool.submit(runs_of(tmp_path, train), {"learning_rate": 1e-2})
+        time.sleep(0.2)
+        assert not second.done()
+        go_on.set()
+        assert (first.result(60), second.result(60)) == (2, 2)
+    assert len(train.texts) == 2
+
+
 def test_flags_that_do_not_fit_are_errors(tmp_path):
     for flags, message in (
         ({"steps": 5}, "at least 10"),
+        ({"runs": ()}, "--runs has to name an optimizer"),
+        ({"out": Path("gs://bucket")}, "name a folder of this machine"),
         ({"model": "vit", "data": tmp_path}, "--data is the text of a GPT"),
     ):
         with pytest.raises(ValueError, match=message):
-            compare.prepare(compare.Flags(**flags, out=tmp_path, table=tmp_path / "t"))
+            compare.prepare(compare.Flags(**{"out": tmp_path, "table": tmp_path / "t"} | flags))

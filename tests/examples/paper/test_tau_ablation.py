@@ -19,8 +19,17 @@ def test_table_and_picture(tmp_path, capsys):
     assert (flags.out / "tau_ablation.png").stat().st_size > 10_000
 
 
-def test_a_bad_tau_says_what_to_write(tmp_path):
-    flags = tau_ablation.Flags(taus=(0.01, -1.0), out=tmp_path / "out")
-    with pytest.raises(SystemExit, match=r"--tau -1\.0: it must be at least 0"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"taus": (0.01, -1.0)}, r"--tau -1\.0: it must be at least 0"),
+        ({"models": ()}, "--models and --taus: name at least one of each"),
+        ({"taus": ()}, "--models and --taus: name at least one of each"),
+        ({"seed": -1}, "--seed -1: it must be"),
+    ],
+)
+def test_bad_flags_say_what_to_write(tmp_path, changes, message):
+    flags = tau_ablation.Flags(**changes, out=tmp_path / "out")
+    with pytest.raises(SystemExit, match=message):
         program.run(lambda: flags, tau_ablation.prepare, tau_ablation.main)
     assert not flags.out.exists()
