@@ -190,6 +190,25 @@ def test_norms_neither_overflow_nor_underflow(size):
     np.testing.assert_allclose(state.bound_scale["w"], 0.01 * exact(w) / exact(u), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 24), (32, 24)])
+@pytest.mark.parametrize("start", [0.0, 1e-5])
+def test_a_weight_that_starts_near_zero_grows_to_the_usual_size_and_linearly_then(shape, start):
+    """A scalar, a vector and a matrix."""
+    tau, least, most = 0.1, 1e-3, 0.02
+    gaussian = sum(map(np.sqrt, shape))
+    rank = sum(side > 1 for side in shape)
+    w, u = (x.reshape(shape[2 - rank :]) for x in (jnp.full(shape, start), normal(0, shape)))
+    solver = scale_by_weyl_bound(tau)
+    state, update = solver.init(w), jax.jit(solver.update)
+    for _ in range(60):
+        step, state = update(u, state, w)
+        now, taken = (exact(x.reshape(shape)) for x in (w, step))
+        wanted = tau * np.clip(now, least * gaussian, most * gaussian)
+        np.testing.assert_allclose(taken, wanted, rtol=2e-3)
+        w = w + step
+    assert now > most * gaussian
+
+
 def signs(seed, shape):
     """As Adam's first update of matrices (m, n), for a gradient from a batch of 4."""
     rng = np.random.default_rng(seed)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax import WeylBoundState, adamw2, bound_metrics, scale_by_weyl_bound
+from weyl_optax import SpectralCapState, WeylBoundState, adamw2, bound_metrics, scale_by_weyl_bound
 from weyl_optax.flax import dimension_numbers
 
 FIELDS = (
@@ -304,3 +304,28 @@ def test_metrics_outlive_a_donated_state():
     metrics = bound_metrics(state)
     update(params, state, params)
     assert np.isfinite(metrics["w/sigma_weight"])
+
+
+def test_no_field_has_the_name_of_one_of_optax():
+    """So that `optax.tree.get` finds one, and `optax.tree.set` sets no other."""
+    modules = (optax, optax.transforms, optax.contrib, optax.schedules)
+    kinds = {
+        x
+        for module in modules
+        for x in vars(module).values()
+        if isinstance(x, type) and issubclass(x, tuple) and hasattr(x, "_fields")
+    }
+    assert len(kinds) > 40
+    theirs = {field for kind in kinds for field in kind._fields}
+    assert {"count", "mu", "scale"} <= theirs
+    for ours in (WeylBoundState, SpectralCapState):
+        assert not theirs & set(ours._fields)
+
+
+def test_reduce_on_plateau_finds_its_own_scale():
+    params = {"w": jnp.ones((20, 24))}
+    solver = optax.chain(adamw2(1e-2), optax.contrib.reduce_on_plateau(patience=1))
+    state = solver.init(params)
+    _, state = solver.update(params, state, params, value=1.0)
+    assert optax.tree.get(state, "scale") == 1
+    assert optax.tree.get(optax.tree.set(state, scale=0.5), "scale") == 0.5
