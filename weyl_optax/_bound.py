@@ -136,7 +136,8 @@ def scale_by_weyl_bound(
     Raises:
         ValueError: If an argument is out of its range, if
             ``weight_dimension_numbers`` does not fit the params, or if ``update`` is
-            called without params or with updates of another structure.
+            called without params, with updates of another structure, or with a state that was
+            made for another reading of the params.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -197,6 +198,7 @@ def scale_by_weyl_bound(
                 "scale_by_weyl_bound measures the params: call update(updates, state, params)."
             )
         leaves = BoundedLeaves(params, weight_dimension_numbers, updates)
+        _check_reading(leaves, state)
         weights = [jnp.asarray(w) for w in leaves.of(params)]
         steps = [jnp.asarray(u) for u in leaves.of(updates)]
         wide = [u.astype(iteration.compute_dtype(w)) for u, w in zip(steps, weights, strict=True)]
@@ -247,6 +249,27 @@ def scale_by_weyl_bound(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_reading(leaves: BoundedLeaves, state: WeylBoundState) -> None:
+    """Checks that the state was made for the leaves as they are read now."""
+    for path, spec, sigma, block in zip(
+        leaves.paths,
+        leaves.specs,
+        leaves.of(state.sigma_weight),
+        leaves.of(state.weight_block),
+        strict=True,
+    ):
+        found = tuple(None if x is None else jnp.shape(x) for x in (sigma, block))
+        if found != (spec.batch_shape, iteration.block_shape(spec)):
+            was = "unbounded" if sigma is None else f"norms of shape {found[0]}, a block {found[1]}"
+            raise ValueError(
+                f"The leaf {path!r} of shape {spec.shape} is read as matrices {spec.matrix_shape} "
+                f"in a batch of shape {spec.batch_shape}, and the state was made for another "
+                f"reading: {was}. Make the bound's state anew, and keep the optimizer's: "
+                "jax.tree.map(lambda new, old: new if isinstance(new, WeylBoundState) else old, "
+                "solver.init(params), state, is_leaf=lambda x: isinstance(x, WeylBoundState))"
+            )
 
 
 def _reference(

@@ -78,13 +78,18 @@ def new_block(a: Any, spec: MatrixSpec, rank: int = 0) -> jax.Array | None:
         Shape (*batch, k, *output) or (*batch, *reduction, k), along the shorter side; None for a
         matrix that is not searched.
     """
+    shape = block_shape(spec, rank)
+    return None if shape is None else _signs(a, Labels.of(spec), shape, 0)
+
+
+def block_shape(spec: MatrixSpec, rank: int = 0) -> tuple[int, ...] | None:
+    """The shape of `new_block`."""
     n = min(spec.matrix_shape)
     if n <= SHORT_SIDE:
         return None
     labels = Labels.of(spec)
     sizes = dict(zip(labels.leaf, spec.shape, strict=True), y=min(BLOCK_SIZE + rank, n))
-    shape = [sizes[label] for label in labels.block]
-    return _signs(a, labels, shape, 0)
+    return tuple(sizes[label] for label in labels.block)
 
 
 def search(

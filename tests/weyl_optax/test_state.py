@@ -329,3 +329,33 @@ def test_reduce_on_plateau_finds_its_own_scale():
     _, state = solver.update(params, state, params, value=1.0)
     assert optax.tree.get(state, "scale") == 1
     assert optax.tree.get(optax.tree.set(state, scale=0.5), "scale") == 0.5
+
+
+READINGS = {
+    "whole": MuonDimensionNumbers(0, (1, 2)),
+    "heads": MuonDimensionNumbers(0, 2),
+    "out": MuonDimensionNumbers((0, 1), 2),
+    "units": MuonDimensionNumbers((), 0),
+    "unbounded": None,
+}
+
+
+@pytest.mark.parametrize("after", [name for name in READINGS if name != "unbounded"])
+@pytest.mark.parametrize("before", READINGS)
+def test_a_state_that_was_made_for_another_reading(before, after):
+    params = {"q": array(0, 64, 32, 4)}
+    old, new = (adamw2(0.1, weight_dimension_numbers={"q": READINGS[x]}) for x in (before, after))
+    _, state = old.update(params, old.init(params), params)
+    if before != after:
+        with pytest.raises(ValueError, match=r"'q' of shape \(64, 32, 4\) is read as matrices"):
+            new.update(params, state, params)
+        # What the message says to write.
+        state = jax.tree.map(
+            lambda new, old: new if isinstance(new, WeylBoundState) else old,
+            new.init(params),
+            state,
+            is_leaf=lambda x: isinstance(x, WeylBoundState),
+        )
+    updates, state = new.update(params, state, params)
+    assert optax.tree.get(state, "mu")["q"].shape == params["q"].shape
+    assert np.isfinite(updates["q"]).all()
