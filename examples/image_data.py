@@ -169,7 +169,7 @@ def _files(folder: Path, classes: list[str], mode: str) -> Files:
     """The images of a folder; what each class has, and what is left out of it, is printed."""
     paths, labels = [], []
     for label, name in enumerate(classes):
-        present = files.find(folder / name)
+        present = files.find(folder / name) if (folder / name).is_dir() else []
         found = [str(file) for file in present if _is_image(file.relative_to(folder))]
         left_out = len(present) - len(found)
         if left_out or len(classes) <= 20:

@@ -274,7 +274,7 @@ def _iteration(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _image(spec: MatrixSpec, a: jax.Array, v: jax.Array, seed: jax.Array) -> tuple[jax.Array, ...]:
-    """R = A V, a size of it, and R^H R.
+    """R = A V, with one vector more, a size of it, and R^H R.
 
     Each vector is scaled to a largest entry of 1: no product and no Gram matrix overflows or
     underflows. What follows is exact for the R that there is, in however few bits.
@@ -288,7 +288,7 @@ def _image(spec: MatrixSpec, a: jax.Array, v: jax.Array, seed: jax.Array) -> tup
     r, largest = scaled_to_one(r, labels.vector_axes(labels.image))
     axis = labels.image.index("y")
     fresh = lax.slice_in_dim(r, k - 1, k, axis=axis)
-    r = _replaced(r, axis, k - 2, fresh * (jnp.abs(fresh) ** 4).astype(r.dtype))
+    r = lax.concatenate([r, fresh * (jnp.abs(fresh) ** 4).astype(r.dtype)], axis)
     return r, jnp.max(largest, axis=-1), _gram(a, labels, labels.image, r, r)
 
 
@@ -302,7 +302,8 @@ def _orthonormalizer(gram: jax.Array) -> jax.Array:
     identity = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype), gram.shape)
     diagonal = jnp.real(jnp.diagonal(gram, axis1=-2, axis2=-1))
     shift = jnp.where(diagonal > 0, k * jnp.finfo(gram.dtype).eps * diagonal, 1)
-    factor = lax.linalg.cholesky(gram + shift[..., None] * identity, symmetrize_input=False)
+    shifted = gram + shift[..., None].astype(gram.dtype) * identity
+    factor = lax.linalg.cholesky(shifted, symmetrize_input=False)
     inverse = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
     return jnp.conj(inverse.mT)
 
@@ -344,7 +345,10 @@ def _rotate(
     p: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The norms, the next block and the excess."""
-    labels, sigma = Labels.of(spec), jnp.sqrt(squares)
+    labels = Labels.of(spec)
+    k = v.shape[labels.block.index("y")]
+    squares, p = squares[..., :k], p[..., :k]
+    sigma = jnp.sqrt(squares)
     # What is smaller is rounding: there, the vector that there was stays.
     is_found = squares > 4 * p.shape[-1] * jnp.finfo(squares.dtype).eps * squares[..., :1]
     inverse = lax.rsqrt(jnp.where(is_found, squares, 1))[..., None, :]

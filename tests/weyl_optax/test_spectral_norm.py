@@ -145,7 +145,7 @@ def test_the_small_problems_of_all_layers_are_solved_at_once(platform):
     solver = scale_by_weyl_bound()
     traced = jax.jit(solver.update).trace(tree, solver.init(tree), tree)
     program = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert program.count("tensor<10x8x8xf32>") > 0
+    assert program.count("tensor<10x9x9xf32>") > 0
 
 
 def test_layers_apart_have_the_norms_of_their_own_matrices():

@@ -17,7 +17,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax import SpectralCapState, WeylBoundState, adamw2, bound_metrics, scale_by_weyl_bound
+from weyl_optax import (
+    SpectralCapState,
+    WeylBoundState,
+    adamw2,
+    bound_metrics,
+    scale_by_weyl_bound,
+    state_shardings,
+)
 from weyl_optax.flax import dimension_numbers
 
 FIELDS = (
@@ -269,7 +276,8 @@ def test_orbax_from_eight_devices_to_four_and_to_one(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
     for count in (8, 4, 1):
-        target = jax.jit(solver.init)(sharded(params, count))
+        placed = sharded(params, count)
+        target = jax.jit(solver.init, out_shardings=state_shardings(solver, placed))(placed)
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(tmp_path / "state", target)
         assert_same(restored, state)
