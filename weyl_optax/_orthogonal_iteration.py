@@ -24,7 +24,7 @@ are not stacked, and what is done with a leaf depends on its shape and reading a
 import functools
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -465,31 +465,26 @@ def _derivative(spec: MatrixSpec, primals: Any, tangents: Any) -> Any:
     return sigma, inner / jnp.where(square > 0, square, 1)
 
 
-@jax.custom_jvp
-def _once_differentiable(x: jax.Array, a: jax.Array) -> jax.Array:
-    """X, where what depends on the leaf `a` was differentiated once."""
-    del a
-    return x
+def _undifferentiable(message: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A function that gives X back, whose derivative along the leaf `a` is an error."""
+
+    @jax.custom_jvp
+    def unchanged(x: jax.Array, a: jax.Array) -> jax.Array:
+        del a
+        return x
+
+    @unchanged.defjvp
+    def derivative(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(message)
+
+    return unchanged
 
 
-@_once_differentiable.defjvp
-def _second_derivative(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        "A spectral norm has no second derivative here. Put jax.lax.stop_gradient around the "
-        "norm, or around the update of the optimizer, in the inner derivative."
-    )
-
-
-@jax.custom_jvp
-def _no_derivative(x: jax.Array, a: jax.Array) -> jax.Array:
-    """X, which depends on the leaf `a` in a way that is not differentiated."""
-    del a
-    return x
-
-
-@_no_derivative.defjvp
-def _first_derivative(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        "A spectral cap has no derivative here. Put jax.lax.stop_gradient around the update of the "
-        "optimizer, or leave the cap out."
-    )
+_once_differentiable = _undifferentiable(
+    "A spectral norm has no second derivative here. Put jax.lax.stop_gradient around the "
+    "norm, or around the update of the optimizer, in the inner derivative."
+)
+_no_derivative = _undifferentiable(
+    "A spectral cap has no derivative here. Put jax.lax.stop_gradient around the update of the "
+    "optimizer, or leave the cap out."
+)
