@@ -6,13 +6,13 @@ a factor `1 + tau` per step, by Weyl's inequality.
 
 from weyl_optax._adamw2 import adamw2
 from weyl_optax._bound import WeylBoundState, scale_by_weyl_bound
-from weyl_optax._granularity import by_head, by_unit
 from weyl_optax._metrics import bound_metrics
+from weyl_optax._reading.granularity import by_head, by_unit
+from weyl_optax._reading.tabulate import tabulate
+from weyl_optax._reading.traced import dimension_numbers_from
 from weyl_optax._spectral_cap import SpectralCapState, spectral_cap
 from weyl_optax._spectral_norm import spectral_norm
 from weyl_optax._state_shardings import state_shardings
-from weyl_optax._tabulate import tabulate
-from weyl_optax._traced import dimension_numbers_from
 
 __all__ = [
     "SpectralCapState",

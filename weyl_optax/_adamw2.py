@@ -6,7 +6,7 @@ import jax
 import optax
 
 from weyl_optax._bound import Growth, scale_by_weyl_bound
-from weyl_optax._dimension_numbers import WeightDimNumOrFn
+from weyl_optax._reading.specification import WeightDimNumOrFn
 from weyl_optax._spectral_cap import spectral_cap
 
 

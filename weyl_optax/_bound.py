@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax import _orthogonal_iteration as iteration
 from weyl_optax._arguments import check_at_least, check_in, value_at
-from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
-from weyl_optax._tabulate import warn_of_reading_by_rank
+from weyl_optax._norms import orthogonal_iteration as iteration
+from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
+from weyl_optax._reading.tabulate import warn_of_reading_by_rank
 
 Growth = Literal["linear", "exponential"]
 

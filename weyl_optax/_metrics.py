@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from weyl_optax import _sharding
 from weyl_optax._bound import WeylBoundState
-from weyl_optax._dimension_numbers import leaves_with_path, path_name
+from weyl_optax._norms import sharding
+from weyl_optax._reading.specification import leaves_with_path, path_name
 
 MEASURED = {  # fields of the state, by the names that they get
     "sigma_weight": "sigma_weight",
@@ -93,7 +93,7 @@ def _measured(state: WeylBoundState | Mapping[str, Any]) -> dict[str, jax.Array]
     fields = state._asdict() if isinstance(state, WeylBoundState) else state
     columns = [leaves_with_path(fields[field])[0] for field in MEASURED.values()]
     return {
-        path_name((*path, name)): _sharding.replicate(jnp.array(value))
+        path_name((*path, name)): sharding.replicate(jnp.array(value))
         for row in zip(*columns, strict=True)
         for name, (path, value) in zip(MEASURED, row, strict=True)
         if value is not None

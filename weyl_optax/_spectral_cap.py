@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax import _orthogonal_iteration as iteration
 from weyl_optax._bound import is_placeholder
-from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
+from weyl_optax._norms import orthogonal_iteration as iteration
+from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
 
 
 class SpectralCapState(NamedTuple):

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from weyl_optax import _orthogonal_iteration as iteration
 from weyl_optax._arguments import check_at_least
-from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
+from weyl_optax._norms import orthogonal_iteration as iteration
+from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
 
 
 def spectral_norm(

@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax._traced import dimension_numbers_from
+from weyl_optax._reading.traced import dimension_numbers_from
 
 
 def dimension_numbers(

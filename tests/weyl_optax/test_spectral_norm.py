@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax import scale_by_weyl_bound, spectral_norm
-from weyl_optax._dimension_numbers import resolve_dimension_numbers
-from weyl_optax._orthogonal_iteration import Labels
+from weyl_optax._norms.orthogonal_iteration import Labels
+from weyl_optax._reading.specification import resolve_dimension_numbers
 
 
 @st.composite

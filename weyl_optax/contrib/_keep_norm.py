@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from weyl_optax._bound import is_placeholder
-from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
-from weyl_optax._orthogonal_iteration import zero_norms
-from weyl_optax._vectors import Per, length, tangent, times, weight_vectors
+from weyl_optax._norms.orthogonal_iteration import zero_norms
+from weyl_optax._norms.vectors import Per, length, tangent, times, weight_vectors
+from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
 
 
 class KeepNormState(NamedTuple):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from weyl_optax._arguments import value_at
-from weyl_optax._dimension_numbers import WeightDimNumOrFn, is_entry
-from weyl_optax._vectors import Per, weight_vectors
+from weyl_optax._norms.vectors import Per, weight_vectors
+from weyl_optax._reading.specification import WeightDimNumOrFn, is_entry
 from weyl_optax.contrib._rotate import adamw_angle, rotate
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from weyl_optax._arguments import check_above
-from weyl_optax._dimension_numbers import (
+from weyl_optax._reading.specification import (
     leaves_with_path,
     path_name,
     replace_boxed,

@@ -8,9 +8,9 @@ import optax
 
 from weyl_optax._arguments import check_at_least, value_at
 from weyl_optax._bound import is_placeholder
-from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
-from weyl_optax._orthogonal_iteration import zero_norms
-from weyl_optax._vectors import Per, inner, length, tangent, times, weight_vectors
+from weyl_optax._norms.orthogonal_iteration import zero_norms
+from weyl_optax._norms.vectors import Per, inner, length, tangent, times, weight_vectors
+from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
 from weyl_optax.contrib._keep_norm import keep_norm
 
 

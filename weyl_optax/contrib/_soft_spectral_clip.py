@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from weyl_optax import _sharding
 from weyl_optax._arguments import check_above
-from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn, axes_of
-from weyl_optax._granularity import map_entries
-from weyl_optax._orthogonal_iteration import compute_dtype, scaled_to_one
+from weyl_optax._norms import sharding
+from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
+from weyl_optax._reading.granularity import map_entries
+from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn, axes_of
 
 # Above it the cubic takes what rounding has put above 1 to less than `least`.
 _MAX_SCALE = 1.69
@@ -84,7 +84,7 @@ def _clip(
     axes = spec.batch + spec.reduction + spec.output
     shape = tuple(u.shape[axis] for axis in axes)
     # On explicit axes, whole on every device: a root is not taken of a part of a matrix.
-    a = jnp.transpose(_sharding.replicate(u), axes).astype(compute_dtype(u))
+    a = jnp.transpose(sharding.replicate(u), axes).astype(compute_dtype(u))
     a = a.reshape(*spec.batch_shape, *spec.matrix_shape)
     c = jnp.asarray(max_norm).astype(a.dtype)
     is_tall = a.shape[-2] > a.shape[-1]
@@ -94,7 +94,7 @@ def _clip(
     if is_tall:
         clipped = clipped.mT
     clipped = jnp.transpose(clipped.reshape(shape), [axes.index(axis) for axis in range(u.ndim)])
-    return _sharding.reshard_as(u, clipped.astype(u.dtype), range(u.ndim))
+    return sharding.reshard_as(u, clipped.astype(u.dtype), range(u.ndim))
 
 
 def _polar_factor_beside_identity(a: jax.Array, tolerance: float) -> jax.Array:

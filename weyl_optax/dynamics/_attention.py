@@ -5,7 +5,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
-from weyl_optax._small_problems import singular_values
+from weyl_optax._norms.small_problems import singular_values
 
 
 class CollapseMode(enum.IntEnum):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from weyl_optax._orthogonal_iteration import compute_dtype
+from weyl_optax._norms.orthogonal_iteration import compute_dtype
 
 
 def relative_representation_change(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from weyl_optax import _sharding
 from weyl_optax._arguments import check_at_least
-from weyl_optax._orthogonal_iteration import compute_dtype
+from weyl_optax._norms import sharding
+from weyl_optax._norms.orthogonal_iteration import compute_dtype
 
 
 def sharpness(
@@ -95,7 +95,7 @@ def sharpness(
     start = optax.tree.random_like(jax.random.key(0), shapes, jax.random.normal)
     norm = optax.tree.norm(start)
     start = jax.tree.map(
-        lambda v, p: _sharding.reshard_as(p, v / norm, range(v.ndim)), start, params
+        lambda v, p: sharding.reshard_as(p, v / norm, range(v.ndim)), start, params
     )
     carry = (jax.tree.map(jnp.zeros_like, start), start, jnp.zeros_like(norm))
     _, (alphas, betas) = lax.scan(step, carry, length=num_iters)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from weyl_optax import _sharding
-from weyl_optax._orthogonal_iteration import compute_dtype, scaled_to_one
-from weyl_optax._small_problems import singular_values, triangular_factor
+from weyl_optax._norms import sharding
+from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
+from weyl_optax._norms.small_problems import singular_values, triangular_factor
 from weyl_optax._spectral_norm import spectral_norm
 
 
@@ -135,7 +135,7 @@ def _qk_singular_values(query: jax.Array, key: jax.Array) -> tuple[jax.Array, ja
 def product_core(first: jax.Array, second: jax.Array) -> jax.Array:
     """A matrix with the singular values of `first @ second`, as small as can be."""
     dtype = jnp.promote_types(compute_dtype(first), compute_dtype(second))
-    first, second = (_sharding.replicate(x.astype(dtype)) for x in (first, second))
+    first, second = (sharding.replicate(x.astype(dtype)) for x in (first, second))
     if first.shape[-1] < min(first.shape[-2], second.shape[-1]):
         first = triangular_factor(first)
         second = _conjugate_transpose(triangular_factor(_conjugate_transpose(second)))

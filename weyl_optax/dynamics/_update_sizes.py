@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._dimension_numbers import BoundedLeaves, WeightDimNumOrFn
-from weyl_optax._granularity import by_unit
-from weyl_optax._vectors import Per, check_per, inner, length, tangent
+from weyl_optax._norms.vectors import Per, check_per, inner, length, tangent
+from weyl_optax._reading.granularity import by_unit
+from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
 
 
 def update_sizes(

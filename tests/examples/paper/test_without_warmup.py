@@ -10,7 +10,7 @@ from flax import nnx
 from examples import language, results, train_gpt
 from examples.text_data import load_corpus, training_batches
 from weyl_optax import bound_metrics, scale_by_weyl_bound
-from weyl_optax._dimension_numbers import leaves_with_path, resolve_dimension_numbers
+from weyl_optax._reading.specification import leaves_with_path, resolve_dimension_numbers
 
 CONFIG = language.Config(steps=100)
 TAU = 0.05

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weyl_optax import _sharding
+from weyl_optax._norms import sharding
 
 
 def together(fn: Callable[[jax.Array], Any], matrices: Sequence[jax.Array]) -> list[Any]:
@@ -54,11 +54,11 @@ def _mapped(fn: Callable[[jax.Array], Any], x: jax.Array) -> Any:
 
 def singular_values(x: jax.Array) -> jax.Array:
     """Of matrices (..., m, n), shape (..., min(m, n)), descending."""
-    (values,) = together(lambda a: jnp.linalg.svd(a, compute_uv=False), [_sharding.replicate(x)])
+    (values,) = together(lambda a: jnp.linalg.svd(a, compute_uv=False), [sharding.replicate(x)])
     return values
 
 
 def triangular_factor(x: jax.Array) -> jax.Array:
     """R of Q R = A, of matrices (..., m, n) with m at least n, shape (..., n, n)."""
-    (factor,) = together(lambda a: jnp.linalg.qr(a, mode="r"), [_sharding.replicate(x)])
+    (factor,) = together(lambda a: jnp.linalg.qr(a, mode="r"), [sharding.replicate(x)])
     return factor

@@ -5,7 +5,7 @@ import math
 
 import optax
 
-from weyl_optax._dimension_numbers import (
+from weyl_optax._reading.specification import (
     MatrixSpec,
     WeightDimNumOrFn,
     leaves_with_path,

@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weyl_optax import _sharding
-from weyl_optax._dimension_numbers import MatrixSpec
-from weyl_optax._small_problems import together
+from weyl_optax._norms import sharding
+from weyl_optax._norms.small_problems import together
+from weyl_optax._reading.specification import MatrixSpec
 
 BLOCK_SIZE = 8  # vectors of a block, beside those along which a cap lowers
 COLD_ITERS = 16  # iterations that find a norm from a random block
@@ -62,8 +62,8 @@ def real_dtype(x: Any) -> Any:
 
 def zero_norms(a: Any, spec: MatrixSpec) -> jax.Array:
     """The norms before the first search: zeros, shape (*batch,)."""
-    norms = _sharding.vary_as(a, jnp.zeros(spec.batch_shape, real_dtype(a)))
-    return _sharding.reshard_as(a, norms, spec.batch)
+    norms = sharding.vary_as(a, jnp.zeros(spec.batch_shape, real_dtype(a)))
+    return sharding.reshard_as(a, norms, spec.batch)
 
 
 def new_block(a: Any, spec: MatrixSpec, rank: int = 0) -> jax.Array | None:
@@ -190,7 +190,7 @@ def _signs(a: Any, labels: Labels, shape: Sequence[int], seed: jax.typing.ArrayL
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     signs = (jnp.where(x >> 31, -1.0, 1.0) / math.sqrt(length)).astype(compute_dtype(a))
-    return _sharding.reshard_as(a, _sharding.vary_as(a, signs), labels.axes(labels.block))
+    return sharding.reshard_as(a, sharding.vary_as(a, signs), labels.axes(labels.block))
 
 
 def _replaced(x: jax.Array, axis: int, place: int, vector: jax.Array) -> jax.Array:
@@ -228,10 +228,8 @@ def _search(
         iteration = functools.partial(
             _iteration, *([x[i] for i in long] for x in (specs, ranks, leaves))
         )
-        start = [_sharding.vary_as(leaves[i], blocks[i]) for i in long]
-        zeros = _sharding.zeros_of(
-            jax.eval_shape(iteration, start, seed), [leaves[i] for i in long]
-        )
+        start = [sharding.vary_as(leaves[i], blocks[i]) for i in long]
+        zeros = sharding.zeros_of(jax.eval_shape(iteration, start, seed), [leaves[i] for i in long])
         first = [(sigma, v, excess) for (sigma, _, excess), v in zip(zeros, start, strict=True)]
         # The blocks are all that an iteration takes from the one before.
         results = lax.fori_loop(
@@ -244,7 +242,7 @@ def _search(
             axis = Labels.of(specs[i]).block.index("y")
             found[i] = sigma, lax.index_in_dim(v, 0, axis, keepdims=False), v, excess
     return [
-        (_sharding.reshard_as(a, sigma, spec.batch), *rest)
+        (sharding.reshard_as(a, sigma, spec.batch), *rest)
         for a, spec, (sigma, *rest) in zip(leaves, specs, found, strict=True)
     ]
 
@@ -428,8 +426,8 @@ def _einsum(
     """
     out = expression.rpartition("->")[2]
     axes = labels.axes(out) if labels else [None] * len(out)
-    sharding = _sharding.of_axes(a, axes)
-    return jnp.einsum(expression, *operands, precision=precision, out_sharding=sharding)
+    laid = sharding.of_axes(a, axes)
+    return jnp.einsum(expression, *operands, precision=precision, out_sharding=laid)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

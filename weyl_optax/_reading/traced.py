@@ -29,7 +29,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.extend.source_info_util import summarize
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax._dimension_numbers import leaves_with_path, overridden, path_name
+from weyl_optax._reading.specification import leaves_with_path, overridden, path_name
 
 
 def dimension_numbers_from(

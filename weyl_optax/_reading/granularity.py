@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax._dimension_numbers import (
+from weyl_optax._reading.specification import (
     WeightDimNumOrFn,
     axes_of,
     default_numbers,

@@ -10,8 +10,12 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax._arguments import check_in
-from weyl_optax._dimension_numbers import MatrixSpec, WeightDimNumOrFn, resolve_dimension_numbers
-from weyl_optax._orthogonal_iteration import compute_dtype
+from weyl_optax._norms.orthogonal_iteration import compute_dtype
+from weyl_optax._reading.specification import (
+    MatrixSpec,
+    WeightDimNumOrFn,
+    resolve_dimension_numbers,
+)
 
 Per = Literal["unit", "matrix"]
 

@@ -1,0 +1,1 @@
+"""How the norms of these matrices are found, on any mesh."""
