@@ -209,27 +209,21 @@ def scale_by_weyl_bound(
             state.bound_count,
         )
         of_weights, of_updates = found[: len(weights)], found[len(weights) :]
-        max_growth, rate = (value_at(x, state.bound_count) for x in (tau, learning_rate))
-        scales = [
-            _scale(
-                _reference(spec, w.sigma, growth, min_std, max_std),
-                u.sigma,
-                max_growth,
-                rate,
-            )
-            for spec, w, u in zip(leaves.specs, of_weights, of_updates, strict=True)
-        ]
-        updates = leaves.put(wide, updates)
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
             strength: Any = value_at(weight_decay, state.bound_count)
             decay = optax.add_decayed_weights(strength, weight_decay_mask)
-            updates, _ = decay.update(updates, decay.init(params), params)
-        bounded = [
-            (jnp.expand_dims(scale, spec.matrix_axes).astype(u.dtype) * u).astype(step.dtype)
-            for u, scale, spec, step in zip(
-                leaves.of(updates), scales, leaves.specs, steps, strict=True
-            )
-        ]
+            decayed, _ = decay.update(leaves.put(wide, updates), decay.init(params), params)
+            wide = leaves.of(decayed)
+        max_growth, rate = (value_at(x, state.bound_count) for x in (tau, learning_rate))
+        bounded, scales = [], []
+        for spec, w, u, step, taken in zip(
+            leaves.specs, of_weights, of_updates, steps, wide, strict=True
+        ):
+            reference = _reference(spec, w.sigma, growth, min_std, max_std)
+            scale = _scale(reference, u.sigma, max_growth, rate)
+            taken = jnp.expand_dims(scale, spec.matrix_axes).astype(taken.dtype) * taken
+            bounded.append(taken.astype(step.dtype))
+            scales.append(scale)
         return leaves.put(bounded, updates), WeylBoundState(
             bound_count=jnp.asarray(optax.safe_increment(state.bound_count)),
             weight_block=leaves.put([x.block for x in of_weights], state.weight_block),
