@@ -2,10 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-SAMPLE = 1000  # files whose content is in a fingerprint
+T = TypeVar("T")
+
+SAMPLE = 1000  # files that are looked into
 
 
 def find(folder: Path) -> list[Path]:
@@ -30,14 +33,18 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def fingerprint(folder: Path, files: Iterable[Path]) -> str:
-    """Of the names and sizes of files in a folder, and of the content of some from all over."""
-    files, digest = list(files), hashlib.blake2b(digest_size=16)
-    step = -(-len(files) // SAMPLE)
-    for i, file in enumerate(files):
+def sample(files: Sequence[T]) -> Sequence[T]:
+    """Some of many files, from all over."""
+    return files[:: max(1, -(-len(files) // SAMPLE))]
+
+
+def fingerprint(folder: Path, files: Sequence[Path]) -> str:
+    """Of the names and sizes of files in a folder, and of the content of a sample of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
         name = os.fsencode(file.relative_to(folder))
         digest.update(b"%s %d\n" % (name, file.stat().st_size))
-        if i % step == 0:
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "blake2b").digest())
+    for file in sample(files):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "blake2b").digest())
     return digest.hexdigest()
