@@ -12,7 +12,7 @@ SAMPLE = 1000  # files that are looked into
 
 
 def find(folder: Path) -> list[Path]:
-    """All files in a folder, sorted; links to folders are followed."""
+    """All files in a folder, sorted, and links to nothing; links to folders are followed."""
     found, seen = [], set()
 
     def fail(error: OSError) -> None:
@@ -23,7 +23,8 @@ def find(folder: Path) -> list[Path]:
         if real in seen:  # by a link to a folder above it
             folders.clear()
         else:
-            found += [file for name in names if (file := Path(parent, name)).is_file()]
+            paths = [Path(parent, name) for name in names]
+            found += [path for path in paths if path.is_file() or not path.exists()]
         seen.add(real)
     return sorted(found)
 

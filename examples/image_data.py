@@ -198,7 +198,9 @@ def _files(folder: Path, classes: list[str], mode: str) -> Files:
     paths, labels = [], []
     for label, name in enumerate(classes):
         present = files.find(folder / name) if (folder / name).is_dir() else []
-        found = [str(file) for file in present if _is_image(file.relative_to(folder))]
+        found = [
+            str(file) for file in present if file.exists() and _is_image(file.relative_to(folder))
+        ]
         left_out = len(present) - len(found)
         if left_out or len(classes) <= 20:
             print(f"{folder / name}: {len(found)} images, {left_out} other files left out")

@@ -168,7 +168,7 @@ class Runs:
 
     def _read(self) -> plots.Lines:
         """The lines of the table that are whole, and of this model, length and text."""
-        text = self._flags.table.read_text() if self._flags.table.exists() else ""
+        text = self._flags.table.read_text(errors="replace") if self._flags.table.exists() else ""
         lines = []
         for part in filter(None, text.splitlines()):
             try:
