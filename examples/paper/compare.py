@@ -66,8 +66,8 @@ def prepare(flags: Flags) -> nano.Nano:
         language.check_length(task.config, task.data)
     if flags.table.is_dir():
         raise ValueError(f"--table {flags.table} is a folder. Name a file.")
-    (flags.out / ".locks").mkdir(parents=True, exist_ok=True)
     flags.table.parent.mkdir(parents=True, exist_ok=True)
+    (flags.out / ".locks").mkdir(parents=True, exist_ok=True)
     return task
 
 
