@@ -146,8 +146,12 @@ class Training:
         return all(process.returncode == 0 for process in self.processes)
 
     def says_what_to_do(self) -> bool:
-        """Whether each process ended with our line, and no traceback."""
-        texts = [output.read_text(errors="replace") for output in self._outputs]
+        """Whether each process that was not killed, nor finished, ended with our line alone."""
+        texts = [
+            output.read_text(errors="replace")
+            for process, output in zip(self.processes, self._outputs, strict=True)
+            if process.returncode not in (0, -signal.SIGKILL)
+        ]
         return all(GO_ON.search(text) and "Traceback" not in text for text in texts)
 
     def end(self) -> int:
