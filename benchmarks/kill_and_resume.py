@@ -38,11 +38,11 @@ def kill(processes: list[subprocess.Popen[bytes]], chance: random.Random) -> Non
 
 def kill_reader(processes: list[subprocess.Popen[bytes]], chance: random.Random) -> None:
     """Kills a process that reads images."""
+    threads = Path(f"/proc/{processes[0].pid}/task").glob("*/children")
     readers = [
         pid
-        for pid in Path(f"/proc/{processes[0].pid}/task/{processes[0].pid}/children")
-        .read_text()
-        .split()
+        for children in threads
+        for pid in children.read_text().split()
         if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     if readers:  # none before the first batch, and after the last one
