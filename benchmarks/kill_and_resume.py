@@ -1,5 +1,6 @@
 """Harm trainings at random moments, go on with them, and compare them to one that ran through."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -37,16 +38,23 @@ def kill(processes: list[subprocess.Popen[bytes]], chance: random.Random) -> Non
 
 
 def kill_reader(processes: list[subprocess.Popen[bytes]], chance: random.Random) -> None:
-    """Kills a process that reads images."""
-    threads = Path(f"/proc/{processes[0].pid}/task").glob("*/children")
-    readers = [
-        pid
-        for children in threads
-        for pid in children.read_text().split()
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    if readers:  # none before the first batch, and after the last one
-        os.kill(int(chance.choice(readers)), signal.SIGKILL)
+    """Kills a process that reads images, once there is one."""
+    (program,) = processes
+    while program.poll() is None:
+        if readers := _readers(program.pid):
+            os.kill(chance.choice(readers), signal.SIGKILL)
+            return
+        time.sleep(0.05)
+
+
+def _readers(program: int) -> list[int]:
+    found = []
+    with contextlib.suppress(OSError):  # of what ends meanwhile
+        for children in Path(f"/proc/{program}/task").glob("*/children"):
+            for pid in children.read_text().split():
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(int(pid))
+    return found
 
 
 def press_ctrl_c(processes: list[subprocess.Popen[bytes]], chance: random.Random) -> None:
