@@ -2,14 +2,17 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-SAMPLE = 1000  # files whose content is in a fingerprint
+T = TypeVar("T")
+
+SAMPLE = 1000  # files that are looked into
 
 
 def find(folder: Path) -> list[Path]:
-    """All files in a folder, sorted; links to folders are followed."""
+    """All files in a folder, sorted, and links to nothing; links to folders are followed."""
     found, seen = [], set()
 
     def fail(error: OSError) -> None:
@@ -20,7 +23,8 @@ def find(folder: Path) -> list[Path]:
         if real in seen:  # by a link to a folder above it
             folders.clear()
         else:
-            found += [file for name in names if (file := Path(parent, name)).is_file()]
+            paths = [Path(parent, name) for name in names]
+            found += [path for path in paths if path.is_file() or not path.exists()]
         seen.add(real)
     return sorted(found)
 
@@ -30,14 +34,18 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def fingerprint(folder: Path, files: Iterable[Path]) -> str:
-    """Of the names and sizes of files in a folder, and of the content of some from all over."""
-    files, digest = list(files), hashlib.blake2b(digest_size=16)
-    step = -(-len(files) // SAMPLE)
-    for i, file in enumerate(files):
+def sample(files: Sequence[T]) -> Sequence[T]:
+    """Some of many files, from all over."""
+    return files[:: max(1, -(-len(files) // SAMPLE))]
+
+
+def fingerprint(folder: Path, files: Sequence[Path]) -> str:
+    """Of the names and sizes of files in a folder, and of the content of a sample of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
         name = os.fsencode(file.relative_to(folder))
         digest.update(b"%s %d\n" % (name, file.stat().st_size))
-        if i % step == 0:
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "blake2b").digest())
+    for file in sample(files):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "blake2b").digest())
     return digest.hexdigest()

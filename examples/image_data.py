@@ -1,5 +1,6 @@
 """Labelled images, and batches of them from Grain."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -8,7 +9,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from examples import augmentation, files, shards
+
+TRIES = 100  # images in place of one that cannot be read
 
 
 class Example(NamedTuple):
@@ -44,10 +47,17 @@ class Digits(grain.sources.RandomAccessDataSource):
 
 
 class Files(grain.sources.RandomAccessDataSource):
-    """Image files, decoded when they are asked for."""
+    """Image files, decoded when they are asked for.
+
+    Gray of 16 bits is taken to use 8, 10, 12, 14 or all of them, the same in all files, by the
+    largest value in a sample of these: so a dark image stays dark, and a camera of 12 bits has
+    its whole range. In gray of 32 bits, whose range is nowhere said, the least value of each image
+    is black, and the largest one white.
+    """
 
     def __init__(self, paths: list[str], labels: list[int], mode: str):
         self.paths = paths
+        self.bits = _used_bits(files.sample(paths))
         self._labels, self._mode = labels, mode
 
     def __len__(self) -> int:
@@ -55,38 +65,55 @@ class Files(grain.sources.RandomAccessDataSource):
 
     def __getitem__(self, index: int) -> Example:
         try:
-            image = _decoded(self.paths[index], self._mode)
+            image = _decoded(self.paths[index], self._mode, self.bits)
         except Exception:  # Pillow raises almost anything for broken files
             image = None
         return Example(index, image, self._labels[index])
 
 
-def _decoded(path: str, mode: str) -> Image.Image:
+def _decoded(path: str, mode: str, bits: int = 16) -> Image.Image:
     """An image upright, in color or gray of 8 bits; what is transparent is white."""
+    with _opened(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode[0] in "IF":  # gray of 16 or 32 bits, which `convert` would cut off
+            pixels = np.asarray(image, np.float64)
+            finite = pixels[np.isfinite(pixels)]
+            ends = (0, 2**bits - 1) if _has_16_bits(file) else (finite.min(), finite.max())
+            image = Image.fromarray(_to_8_bits(pixels, *ends))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert(mode)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """A file, without Pillow's warnings of odd metadata, and of images that are merely large."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata, and of images that are merely large
+        warnings.simplefilter("ignore")
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode[0] in "IF":  # gray of 16 or 32 bits, which `convert` would cut off
-                image = Image.fromarray(_to_8_bits(np.asarray(image, np.float64), image.mode))
-            elif image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert(mode)
+            yield file
 
 
-def _to_8_bits(pixels: np.ndarray, mode: str) -> np.ndarray:
-    """Gray over its whole range.
+def _has_16_bits(file: Image.Image) -> bool:
+    """Whether an image is gray of 16 bits, which Pillow gives 32 where it is a PGM."""
+    return file.mode.startswith("I;16") or (file.mode == "I" and file.format == "PPM")
 
-    That is of 16 bits, or of the 8, 10, 12 or 14 of them that are used; or else from the least to
-    the largest value that is finite.
-    """
-    finite = pixels[np.isfinite(pixels)]
-    low, high = finite.min(), finite.max()
-    if mode.startswith("I;16"):
-        low, high = 0, next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits)
-    pixels = np.nan_to_num(pixels, nan=low, posinf=high, neginf=low)
-    return np.round((pixels - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)
+
+def _used_bits(paths: Iterable[str]) -> int:
+    """How many bits the images use that are gray of 16 bits."""
+    largest = 0
+    for path in paths:
+        with contextlib.suppress(Exception), _opened(path) as file:
+            if _has_16_bits(file):
+                largest = max(largest, int(np.asarray(file).max()))
+    return next(bits for bits in (8, 10, 12, 14, 16) if largest < 2**bits)
+
+
+def _to_8_bits(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Gray from black to white; what is not a number is black."""
+    shares = np.clip((pixels - low) / max(high - low, 1e-9), 0, 1)
+    return np.round(np.nan_to_num(shares) * 255).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +167,8 @@ def load_images(path: Path | None, num_channels: int) -> Images:
         ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if mode == "RGB" else ((0.449,), (0.226,))
     )
     train, validation = (_files(path / part, classes, mode) for part in ("train", "val"))
-    everything = map(Path, train.paths + validation.paths)
+    train.bits = validation.bits = max(train.bits, validation.bits)
+    everything = [Path(file) for file in train.paths + validation.paths]
     return Images(train, validation, classes, mean, std, files.fingerprint(path, everything))
 
 
@@ -170,7 +198,9 @@ def _files(folder: Path, classes: list[str], mode: str) -> Files:
     paths, labels = [], []
     for label, name in enumerate(classes):
         present = files.find(folder / name) if (folder / name).is_dir() else []
-        found = [str(file) for file in present if _is_image(file.relative_to(folder))]
+        found = [
+            str(file) for file in present if file.exists() and _is_image(file.relative_to(folder))
+        ]
         left_out = len(present) - len(found)
         if left_out or len(classes) <= 20:
             print(f"{folder / name}: {len(found)} images, {left_out} other files left out")
@@ -234,14 +264,16 @@ def training_batches(
     """Endless batches, every epoch in an order of its own, read by worker processes.
 
     A batch is a dict of `image`, uint8 (batch, size, size, channels), and `target`, float32
-    (batch, classes), the probability of each class. An image that cannot be read is black,
-    its target is 0, and its file is named, once, and kept in `images.skipped`.
+    (batch, classes), the probability of each class. In place of an image that cannot be read
+    comes another one, drawn by chance; its file is named, once, and kept in `images.skipped`.
 
     A shard has its rows of every batch, see `shards.batch`.
     """
     dataset = grain.MapDataset.source(images.train).seed(seed).shuffle().repeat()
     dataset = dataset.random_map(
-        functools.partial(_training_example, _shape(images, size), images.are_files, varied)
+        functools.partial(
+            _training_example, images.train, _shape(images, size), images.are_files, varied
+        )
     )
     dataset = shards.batch(dataset, batch_size, shard).random_map(
         functools.partial(_training_batch, len(images.classes), varied)
@@ -272,41 +304,54 @@ def _shape(images: Images, size: int) -> tuple[int, int, int]:
 
 
 def _training_example(
+    source: Digits | Files,
     shape: tuple[int, int, int],
     crop: bool,
     varied: Augmentation,
     example: Example,
     rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-    image = example.image
-    if image is not None and crop:
+    image, label = _readable(source, example, rng)
+    if crop:
         image = augmentation.random_crop(image, shape[0], rng)
-    if image is not None and varied.rand_augment[0]:
+    if varied.rand_augment[0]:
         image = augmentation.rand_augment(image, *varied.rand_augment, rng)
-    element = _element(shape, example._replace(image=image))
-    element["image"] = augmentation.random_erasing(element["image"], varied.random_erasing, rng)
-    return element
+    pixels = augmentation.random_erasing(_pixels(shape, image), varied.random_erasing, rng)
+    return {"image": pixels, "label": np.int32(label), "broken": _broken(example)}
+
+
+def _readable(
+    source: Digits | Files, example: Example, rng: np.random.Generator
+) -> tuple[Image.Image, int]:
+    """An image and its label, or those of another example where this one cannot be read."""
+    for _ in range(TRIES):
+        if example.image is not None:
+            return example.image, example.label
+        example = source[int(rng.integers(len(source)))]
+    raise OSError(f"--data: {TRIES} images drawn by chance, and none of them can be read")
 
 
 def _validation_example(
     shape: tuple[int, int, int], crop: bool, number: int, index: int, example: Example
 ) -> dict[str, np.ndarray]:
-    if example.image is not None and crop:
-        example = example._replace(image=augmentation.center_crop(example.image, shape[0]))
-    element = _element(shape, example)
-    element["weight"] *= np.float32(index < number)
-    return element
-
-
-def _element(shape: tuple[int, int, int], example: Example) -> dict[str, np.ndarray]:
-    is_broken = example.image is None
-    pixels = np.zeros(shape, np.uint8) if is_broken else np.asarray(example.image, np.uint8)
+    image = example.image
+    if image is not None and crop:
+        image = augmentation.center_crop(image, shape[0])
     return {
-        "image": pixels.reshape(shape),
+        "image": np.zeros(shape, np.uint8) if image is None else _pixels(shape, image),
         "label": np.int32(example.label),
-        "weight": np.float32(not is_broken),
-        "broken": np.int32(is_broken * (1 + example.index)),  # 0 for none
+        "weight": np.float32(image is not None and index < number),
+        "broken": _broken(example),
     }
+
+
+def _pixels(shape: tuple[int, int, int], image: Image.Image) -> np.ndarray:
+    return np.asarray(image, np.uint8).reshape(shape)
+
+
+def _broken(example: Example) -> np.int32:
+    """Which file cannot be read, from 1; 0 for none."""
+    return np.int32(0 if example.image is not None else 1 + example.index)
 
 
 def _training_batch(
@@ -317,7 +362,6 @@ def _training_batch(
 ) -> dict[str, np.ndarray]:
     smoothing = varied.label_smoothing
     target = (1 - smoothing) * np.eye(num_classes)[batch["label"]] + smoothing / num_classes
-    target *= batch["weight"][:, None]
     image, target = augmentation.mix(batch["image"], target, varied.mixup, varied.cutmix, rng)
     return {"image": image, "target": np.float32(target), "broken": batch["broken"]}
 

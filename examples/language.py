@@ -85,12 +85,17 @@ def prepare(flags: Any) -> Corpus:
         ValueError: If the data do not fit the flags, or if it would lose or mix runs.
     """
     corpus = load_corpus(flags.data)
-    for tokens in (corpus.train, corpus.validation):
-        Windows(tokens, flags.sequence_length)
+    check_length(flags, corpus)
     flags.check_runs(flags.steps, flags.runs)
     program.make_mesh(flags)  # which checks the flag
     program.begin(flags)
     return corpus
+
+
+def check_length(config: Config, corpus: Corpus) -> None:
+    """Raises ValueError where a corpus is shorter than a sequence and the token after it."""
+    for tokens in (corpus.train, corpus.validation):
+        Windows(tokens, config.sequence_length)
 
 
 def make_model(config: Config, corpus: Corpus) -> GPT:

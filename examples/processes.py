@@ -1,10 +1,12 @@
 """Several processes that run one program: how they meet, and which of them speaks."""
 
+import atexit
 import contextlib
 import dataclasses
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from typing import NoReturn
 import jax
 
 SAY, GIVE_UP = 60.0, 280.0  # seconds of waiting for the others; JAX aborts after 300
+SILENCE = 50  # seconds without a word of a process, after which JAX aborts the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,9 @@ def join(flags: Flags) -> None:
     joined = threading.Event()
     threading.Thread(target=_watch, args=(flags, joined), daemon=True).start()
     try:
-        jax.distributed.initialize(address, flags.num_processes, flags.process_id)
+        jax.distributed.initialize(
+            address, flags.num_processes, flags.process_id, heartbeat_timeout_seconds=SILENCE
+        )
     except ValueError as error:
         raise ValueError(
             f"--coordinator {flags.coordinator}: {error} Give --coordinator host:port, "
@@ -111,11 +116,32 @@ def deaf_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+_speakers: list[subprocess.Popen[bytes]] = []
+
+
+def set_last_words(line: str) -> None:
+    """Has a line said if this process, of several, is killed, or aborted by JAX as others are gone.
+
+    A process beside this one says it, where it does not hear that this one ends by itself.
+    """
+    if jax.distributed.is_initialized():
+        command = ["sh", "-c", 'read -r _ || echo "$0" >&2', line]
+        speaker = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        _speakers.append(speaker)
+        atexit.register(_take_back)
+
+
+def _take_back() -> None:
+    while _speakers:
+        _speakers.pop().communicate(b"\n")
+
+
 def leave(error: str) -> NoReturn:
     """Ends this process with an error; one of several does not wait for others, who may be gone."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         print(error, file=sys.stderr, flush=True)
+        _take_back()
         os._exit(1)
     sys.exit(error)
 

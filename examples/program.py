@@ -61,6 +61,7 @@ RANGES = {
     **dict.fromkeys(("betas", "dropout", "stochastic_depth"), SHARE),
     **dict.fromkeys(("random_erasing", "label_smoothing"), SHARE),
     "seed": Range(0, 2**32 - 1),
+    "cap_rank": COUNT,
     "workers": Range(1, 1000),
 }
 
@@ -155,42 +156,58 @@ def run(
     parse: Callable[[], Any], prepare: Callable[[Any], Data], main: Callable[[Any, Data], None]
 ) -> None:
     """Runs a program from its flags to its end, or to a line that says what to do."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")  # of what its encoding has not, as the square in ASCII
     flags, has_begun = None, False
     try:
         flags = parse()
         check_ranges(flags)
         processes.join(flags if isinstance(flags, processes.Flags) else processes.Flags())
+        processes.set_last_words(f"error: a process was ended, and so are all. {_left(flags)}.")
         with processes.only_first_prints():
             data = prepare(flags)
             has_begun = True
             with training.stop_signal():  # before the first step, and between runs
                 main(flags, data)
+        sys.stdout.flush()  # where nobody reads it any more, that is an error here, not later
     except (Exception, KeyboardInterrupt) as error:
         _end(error, flags, has_begun)
 
 
+def _go_on(flags: Any) -> str:
+    return "go on with the same command" + " and --resume" * hasattr(flags, "resume")
+
+
+def _left(flags: Any, once: str = "") -> str:
+    """What there is of a run, and what to do."""
+    return f"{_folder(flags)} is as its last checkpoint has it: {once}{_go_on(flags)}"
+
+
+def _folder(flags: Any) -> Path:
+    return getattr(flags, "out", Path("runs"))
+
+
 def _end(error: BaseException, flags: Any, has_begun: bool) -> NoReturn:
     """Ends the program with a line: what happened, and what to do."""
-    folder = getattr(flags, "out", Path("runs"))
-    go_on = "go on with the same command" + " and --resume" * hasattr(flags, "resume")
     if isinstance(error, BrokenPipeError):  # else Python complains of it as it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, (training.Stopped, KeyboardInterrupt)):
         if not has_begun or processes.is_first():
-            print(f"\n{str(error) or 'Stopped'}." + f" {go_on.capitalize()}." * has_begun)
+            print(f"\n{str(error) or 'Stopped'}." + f" {_go_on(flags).capitalize()}." * has_begun)
         sys.exit(130)
     if isinstance(error, Damaged) or (isinstance(error, (ValueError, OSError)) and not has_begun):
         line = str(error)
     elif isinstance(error, OSError):
         once = "there is space" if error.errno in NO_SPACE else "that is mended"
-        line = f"{error}. {folder} is as its last checkpoint has it: once {once}, {go_on}."
+        line = f"{error}. {_left(flags, f'once {once}, ')}."
     else:
         first, *_ = *str(error).splitlines(), ""
         line = f"{type(error).__name__}: {first.rstrip('.')}."
-        line += f" The traceback is in {_keep(error, folder)}."
-        if has_begun:
-            line += f" {folder} is as its last checkpoint has it: {go_on}."
+        line += " Another process may have ended." * jax.distributed.is_initialized()
+        line += f" The traceback is in {_keep(error, _folder(flags))}."
+        line += f" {_left(flags)}." * has_begun
     processes.leave(f"error: {line}")
 
 

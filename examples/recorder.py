@@ -1,6 +1,7 @@
 """What a run leaves on disk: a line for each logged step, TensorBoard, snapshots, checkpoints."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -21,6 +22,7 @@ from examples import processes
 from examples.checkpoints import Checkpoints
 
 Line = dict[str, Any]
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # a NaN is said once, by us
 
 
 class Recorder:

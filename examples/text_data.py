@@ -99,6 +99,8 @@ def _from_text(paths: Sequence[Path]) -> tuple[Corpus, dict[Path, str]]:
 
 def _add(path: Path, text: bytearray) -> str | None:
     """Adds the bytes of a file to a text, or says why it is none."""
+    if not path.exists():
+        return "a link to nothing"
     decoder, start = codecs.getincrementaldecoder("utf-8")(), len(text)
     with path.open("rb") as file:
         while True:

@@ -179,10 +179,8 @@ def make_task(config: Config, images: Images) -> training.Task:
 
     def loss(model: ViT | Swin, batch: dict[str, jax.Array]) -> jax.Array:
         """Cross entropy in nats per image."""
-        targets = batch["target"]
         logits = model(normalize(images, batch["image"]))
-        losses = optax.softmax_cross_entropy(logits, targets)
-        return losses.sum() / jnp.maximum(targets.sum(), 1)
+        return optax.softmax_cross_entropy(logits, batch["target"]).mean()
 
     return training.Task(
         mesh=mesh,

@@ -63,8 +63,11 @@ def prepare(flags: Flags) -> nano.Nano:
         if not isinstance(task.config, language.Config):
             raise ValueError(f"--data is the text of a GPT, and --model is {flags.model}.")
         task = task._replace(data=load_corpus(flags.data))
-    flags.out.mkdir(parents=True, exist_ok=True)
+        language.check_length(task.config, task.data)
+    if flags.table.is_dir():
+        raise ValueError(f"--table {flags.table} is a folder. Name a file.")
     flags.table.parent.mkdir(parents=True, exist_ok=True)
+    (flags.out / ".locks").mkdir(parents=True, exist_ok=True)
     return task
 
 
@@ -165,7 +168,7 @@ class Runs:
 
     def _read(self) -> plots.Lines:
         """The lines of the table that are whole, and of this model, length and text."""
-        text = self._flags.table.read_text() if self._flags.table.exists() else ""
+        text = self._flags.table.read_text(errors="replace") if self._flags.table.exists() else ""
         lines = []
         for part in filter(None, text.splitlines()):
             try:
@@ -181,7 +184,7 @@ class Runs:
         """Trains where no other process does; what one did meanwhile is in the table."""
         parts = [*self._what.values(), run["optimizer"], run["seed"], *settings.values()]
         folder = self._flags.out / "-".join(map(str, parts)).replace(" ", "")
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        with FileLock(self._flags.out / ".locks" / folder.name):
             self.lines = self._read()
             return self._found(run) or self._train(run, settings, folder)
 

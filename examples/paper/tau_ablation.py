@@ -36,8 +36,9 @@ def prepare(flags: Flags) -> dict[str, nano.Nano]:
     Raises:
         ValueError: If a flag is out of range, or if it would lose or mix runs.
     """
-    if not flags.models or not flags.taus:
-        raise ValueError("--models and --taus: name at least one of each.")
+    for name, values in (("models", flags.models), ("taus", flags.taus)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"--{name}: name at least one, and each once.")
     tasks = {}
     for name in flags.models:
         model = nano.load(name)
@@ -64,7 +65,7 @@ def main(flags: Flags, tasks: dict[str, nano.Nano]) -> None:
             lines[name][tau] = recorder.read_metrics(folder, "adamw2")
             runs[name][str(tau)] = results.summarize(folder, "adamw2")
             results.write_summary(flags.out, runs)
-    rows = [["validation loss", *(f"tau {tau:g}" for tau in flags.taus)]]
+    rows = [["validation loss", *(f"tau {tau}" for tau in flags.taus)]]
     for name, by_tau in runs.items():
         losses = [run["val_loss"] for run in by_tau.values()]
         rows.append([name, *("-" if loss is None else f"{loss:.3f}" for loss in losses)])

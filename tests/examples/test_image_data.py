@@ -14,6 +14,7 @@ from examples import augmentation
 from examples.image_data import (
     Augmentation,
     Files,
+    _training_example,
     load_images,
     training_batches,
     validation_batches,
@@ -93,9 +94,8 @@ def test_a_folder_is_read_by_workers_and_broken_files_are_named_and_skipped(imag
         assert batch["image"].shape == (5, 16, 16, 3)
         assert batch["image"].dtype == np.uint8
         assert batch["target"].shape == (5, 2)
-    # Each epoch has nine of ten; mixing keeps what is there.
-    total = sum(batch["target"].sum() for batch in batches)
-    np.testing.assert_allclose(total, 18, rtol=1e-5)
+        np.testing.assert_allclose(batch["target"].sum(1), 1, rtol=1e-6)
+        assert batch["image"].reshape(5, -1).any(1).all()  # none is black
     state, expected = iterator.get_state(), next(iterator)
     iterator.set_state(state)
     np.testing.assert_array_equal(next(iterator)["image"], expected["image"])
@@ -161,6 +161,31 @@ def test_no_worker_stays_behind_when_its_program_is_killed(image_folder, tmp_pat
         time.sleep(0.1)
 
 
+def test_another_image_takes_the_place_of_one_that_cannot_be_read(image_folder):
+    """With its own label, and any of those that are left; the one is named."""
+    for file in (image_folder / "train").rglob("[0-3].jpeg"):
+        file.write_bytes(b"x")
+    images = load_images(image_folder, 3)
+    colors, whole = ((20, 40, 220), (30, 200, 60)), [0, 0]
+    rng = np.random.default_rng(0)
+    for example in [images.train[i] for i in range(10)] * 20:
+        read = _training_example(images.train, (16, 16, 3), True, Augmentation(), example, rng)
+        np.testing.assert_allclose(read["image"].mean((0, 1)), colors[read["label"]], atol=15)
+        assert read["broken"] == (0 if example.image else 1 + example.index)
+        whole[read["label"]] += example.image is None
+    assert min(whole) > 50  # of 160
+
+
+def test_images_that_are_gone_end_a_training(image_folder):
+    images = load_images(image_folder, 3)
+    image_folder.rename(image_folder.with_name("gone"))
+    with pytest.raises(OSError, match="100 images drawn by chance, and none of them can be read"):
+        _training_example(
+            images.train, (16, 16, 3), True, Augmentation(), images.train[0],
+            np.random.default_rng(0),
+        )  # fmt: skip
+
+
 def test_bad_folders_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no folder .*absent"):
         load_images(tmp_path / "absent", 3)
@@ -193,12 +218,13 @@ def test_hidden_folders_and_files_are_no_classes_and_all_that_pillow_reads_count
         Image.new("RGB", (9, 9)).save(inside / "0-checkpoint.png")
         Image.new("RGB", (9, 9)).save(image_folder / part / "blue" / "more.tif")
         Image.new("RGB", (9, 9)).save(image_folder / part / "green" / "more.GIF")
+        (image_folder / part / "green" / "gone.png").symlink_to(image_folder / "absent.png")
     images = load_images(image_folder, 3)
     assert images.classes == ["blue", "green"]
     assert (len(images.train), len(images.validation)) == (12, 8)
     said = capsys.readouterr().out
     for part, name, taken, left_out in (
-        ("train", "blue", 6, 2), ("train", "green", 6, 0), ("val", "blue", 4, 1)
+        ("train", "blue", 6, 2), ("train", "green", 6, 1), ("val", "blue", 4, 1)
     ):  # fmt: skip
         folder = image_folder / part / name
         assert f"{folder}: {taken} images, {left_out} other files left out\n" in said
@@ -235,6 +261,31 @@ def test_gray_of_fewer_bits_in_16_has_its_whole_range(tmp_path, bits):
     Image.fromarray(ramp).save(tmp_path / "ramp.tiff")
     expected = ramp * (255 / (2**bits - 1))
     np.testing.assert_allclose(decoded(tmp_path / "ramp.tiff"), expected, atol=0.51)
+
+
+@pytest.mark.parametrize(("brightest", "white"), [(65535, 65535), (4000, 4095), (900, 1023)])
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+@pytest.mark.parametrize("bright_part", ["train", "val"])
+def test_a_dark_image_of_16_bits_stays_dark_beside_a_bright_one(
+    tmp_path, brightest, white, suffix, bright_part
+):
+    """All files have the range that the brightest of them uses."""
+    ramp = np.linspace(0, 1, 400).reshape(20, 20)
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for name, largest in (("0", 200), ("1", brightest if part == bright_part else 200)):
+            pixels = np.round(largest * ramp).astype(np.uint16)
+            file = tmp_path / part / "a" / f"{name}.{suffix}"
+            if suffix == "pgm":
+                file.write_bytes(b"P5 20 20 65535\n" + pixels.astype(">u2").tobytes())
+            else:
+                Image.fromarray(pixels).save(file)
+    images = load_images(tmp_path, 1)
+    for source in (images.train, images.validation):
+        dark = np.asarray(source[0].image, float)
+        np.testing.assert_allclose(dark, np.round(200 * ramp) * 255 / white, atol=0.51)
+    bright = (images.train if bright_part == "train" else images.validation)[1].image
+    assert np.asarray(bright).max() == round(brightest * 255 / white)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

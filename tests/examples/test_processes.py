@@ -168,6 +168,57 @@ def test_who_waits_for_nobody_says_so_and_ends(process_id):
         )
 
 
+LEFT_ALONE = """
+import sys, time
+from examples import processes
+processes.SILENCE = 10
+processes.join(processes.Flags("localhost:{port}", 2, {process_id}))
+processes.set_last_words("error: what to do.")
+print("joined", flush=True)
+{end}
+"""
+
+
+def start_left_alone(end):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEFT_ALONE.format(port=port, process_id=i, end=end)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in pair:
+        assert process.stdout.readline() == "joined\n"
+    return pair
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_whose_partner_is_killed_says_what_to_do(killed):
+    """It waits for nothing of the other; JAX aborts it, after the seconds that are set here."""
+    pair = start_left_alone("sys.stdin.read()")
+    pair[killed].kill()
+    pair[1 - killed].wait(60)
+    for process in pair:
+        assert process.communicate(timeout=60)[1].splitlines()[-1] == "error: what to do."
+        assert process.returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["", "sys.exit('error: mine.')", "processes.leave('error: mine.')"])
+def test_a_process_that_ends_by_itself_says_its_own_words_alone(end):
+    for process in start_left_alone(end):
+        said = process.communicate(timeout=60)[1].splitlines()
+        assert [line for line in said if "error:" in line] == ["error: mine."] * bool(end)
+        assert process.returncode == bool(end)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -396,6 +397,61 @@ def test_a_letter_that_the_terminal_has_not_is_a_question_mark(tmp_path):
         check=True,
     )
     assert said.stdout == "AdamW?\n"
+
+
+PRINTS = """
+from examples import program, train_gpt
+
+def prepare(flags):
+    if {when!r} == "before":
+        say()
+
+def say():
+    print("a line " * 100_000 * ({when!r} != "at the end"))
+
+program.run(lambda: train_gpt.parse(["--out", "out"]), prepare, lambda *_: say())
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "in a run", "at the end"])
+def test_a_pipe_that_nobody_reads_is_one_line(tmp_path, when):
+    """As that of `| head -1`."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", PRINTS.format(when=when)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert program.stdout
+    program.stdout.close()
+    assert program.stderr
+    with program.stderr:
+        said = program.stderr.read()
+    assert program.wait(60) == 1
+    go_on = (
+        ". out is as its last checkpoint has it: once that is mended, go on with the same command "
+        "and --resume."
+    )
+    assert said == f"error: [Errno 32] Broken pipe{go_on * (when != 'before')}\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_program_without_a_terminal_runs(tmp_path, closed):
+    code = (
+        "import sys; from examples import program, train_gpt\n"
+        "def main(*_): print('x'); print('y', file=sys.stderr); open('done', 'w').close()\n"
+        "program.run(lambda: train_gpt.parse([]), lambda _: None, main)"
+    )
+    subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        check=True,
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["done"]
+    assert (tmp_path / "done").read_text() == ""
 
 
 @pytest.mark.slow

@@ -164,9 +164,12 @@ def test_hidden_files_are_left_out_and_links_are_followed(tmp_path, capsys):
     (elsewhere / "linked.txt").write_text("linked")
     (folder / "link").symlink_to(elsewhere)
     (folder / "b" / "up").symlink_to(folder)
+    (folder / "gone.txt").symlink_to(elsewhere / "absent.txt")
     corpus = load_corpus(folder)
     assert corpus.train.tobytes() + corpus.validation.tobytes() == b"a.txt\nb/z.txt\nlinked"
-    assert "3 text files, 0 other files and 3 hidden ones left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 text files, 1 other files and 3 hidden ones left out" in said
+    assert "  gone.txt: a link to nothing\n" in said
 
 
 def test_many_files_that_are_left_out_are_counted(tmp_path, capsys):

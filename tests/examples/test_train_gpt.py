@@ -178,11 +178,12 @@ def test_a_finished_run_resumes_to_itself(finished, capsys):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_its_run_and_the_others_go_on(tmp_path, capsys):
+def test_a_loss_that_is_not_finite_ends_its_run_and_the_others_go_on(tmp_path, capsys, caplog):
     out = tmp_path / "out"
     run(out, "--runs", "adamw", "adamw2", "--learning-rate", "1e30")
     text = capsys.readouterr()
     assert "adamw: the loss is nan at step 3. This run ends here." in text.out + text.err
+    assert not caplog.records
     runs = json.loads((out / "summary.json").read_text())["runs"]
     assert runs["adamw"]["diverged_at"] == 3
     assert runs["adamw"]["val_loss"] is None
@@ -248,6 +249,7 @@ def test_presets_are_the_defaults_of_the_other_flags():
         (["--seed", "99999999999999999999999"], "it must be at least 0, and at most 4294967295"),
         (["--max-norm", "0"], "--max-norm 0.0: it must be above 0, and at most"),
         (["--max-logit", "0"], "--max-logit 0.0: it must be above 0"),
+        (["--cap-rank", "0"], "--cap-rank 0: it must be at least 1"),
         (["--validation-batches", "1000000000"], "at least 1, and at most 1000000."),
         (["--batch", "1000000000"], "--batch 1000000000: it must be"),
         (["--learning-rate", "1e39"], "--learning-rate 1e+39: it must be at least 0, and at most"),

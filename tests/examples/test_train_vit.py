@@ -1,12 +1,15 @@
 """Image classifiers through the main job, on a small scale."""
 
 import json
+import multiprocessing
+import shutil
 
 import numpy as np
 import pytest
 from numpy_layers import forward
 
-from examples import recorder, train_vit, vision
+from examples import program, recorder, train_vit, vision
+from examples.checkpoints import Damaged
 
 SMALL = "--steps 6 --warmup 2 --batch 8 --log-every 2 --validate-every 3".split()
 
@@ -95,6 +98,45 @@ def test_an_image_folder_trains_and_resumes_to_the_same_numbers(image_folder, tm
             run(tmp_path / "out", *flags, "--save-every", "3")
     run(tmp_path / "out", *flags, "--save-every", "3", "--resume")
     assert lines(tmp_path / "out", "adamw") == whole
+
+
+FOLDER = ("--runs", "adamw", "--workers", "1", "--validate-every", "100", "--steps", "6")
+
+
+@pytest.mark.slow
+def test_a_reader_that_is_killed_ends_a_run_with_one_line(image_folder, tmp_path, monkeypatch):
+    write = recorder.Recorder.write
+
+    def kill(recorder, step, metrics):
+        write(recorder, step, metrics)
+        if step == 2:
+            for reader in multiprocessing.active_children():
+                reader.kill()
+                reader.join()
+
+    monkeypatch.setattr(recorder.Recorder, "write", kill)
+    flags = (*SMALL, *FOLDER, "--data", str(image_folder), "--out", str(tmp_path / "out"))
+    long = ("--steps", "1000")  # than what has been read ahead
+    with pytest.raises(SystemExit) as ended:
+        program.run(lambda: train_vit.parse([*flags, *long]), vision.prepare, train_vit.main)
+    error = str(ended.value)
+    assert error.startswith("error: RuntimeError: Worker process was terminated unexpectedly")
+    assert error.endswith("checkpoint has it: go on with the same command and --resume.")
+    assert "\n" not in error
+    assert "Worker process" in (tmp_path / "out.traceback.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_class_that_was_added_before_resume_is_refused(image_folder, tmp_path):
+    flags = (*FOLDER, "--data", str(image_folder), "--steps", "2", "--warmup", "0")
+    run(tmp_path / "out", *flags)
+    for part in ("train", "val"):
+        shutil.copytree(image_folder / part / "green", image_folder / part / "red")
+    with pytest.raises(Damaged, match=r"the data are not those on which adamw was trained up to"):
+        run(tmp_path / "out", *flags, "--resume")
+    for part in ("train", "val"):
+        shutil.rmtree(image_folder / part / "red")
+    run(tmp_path / "out", *flags, "--resume")
 
 
 def test_presets_are_the_recipes_of_the_papers():

@@ -135,7 +135,8 @@ def test_what_the_table_has_is_not_trained_again(tmp_path, monkeypatch):
     assert {(0, *best), (1, *best)} <= set(settings)
     assert len({rate for seed, rate, _ in settings if seed == 0}) == 2
     assert all(0 < line["val_loss"] < 10 for line in lines)
-    assert not [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {".locks", "compare.png", "bound.png"}
     compare.main(flags, task._replace(train=None))
     assert len(flags.table.read_text().splitlines()) == len(lines)
 
@@ -204,11 +205,16 @@ def test_of_two_at_once_one_trains_and_the_other_has_its_line(tmp_path):
 
 
 def test_flags_that_do_not_fit_are_errors(tmp_path):
+    (tmp_path / "short.txt").write_text("short")
     for flags, message in (
+        ({"data": tmp_path / "short.txt"}, "too few for one window of 128"),
+        ({"table": tmp_path}, "is a folder. Name a file"),
         ({"steps": 5}, "at least 10"),
         ({"runs": ()}, "--runs has to name an optimizer"),
         ({"out": Path("gs://bucket")}, "name a folder of this machine"),
         ({"model": "vit", "data": tmp_path}, "--data is the text of a GPT"),
     ):
+        out = tmp_path / "out"
         with pytest.raises(ValueError, match=message):
-            compare.prepare(compare.Flags(**{"out": tmp_path, "table": tmp_path / "t"} | flags))
+            compare.prepare(compare.Flags(**{"out": out, "table": tmp_path / "t"} | flags))
+        assert not out.exists()
