@@ -1,7 +1,7 @@
 """The file that is offered to Optax: its own tests, and its numbers beside the library's."""
 
 import doctest
-import importlib.util
+import importlib
 import sys
 import unittest
 from pathlib import Path
@@ -14,46 +14,39 @@ import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import weyl_optax
-
-FOLDER = Path(__file__).parents[2] / "upstream" / "optax"
-
-
-def load(name):
-    """A file of the folder, as the module of `optax.contrib` that it would be."""
-    spec = importlib.util.spec_from_file_location(f"optax.contrib.{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    setattr(optax.contrib, name, module)
-    spec.loader.exec_module(module)
-    return module
+from upstream.optax import _weyl_bound
 
 
-@pytest.fixture(scope="module")
-def offered():
-    module = load("_weyl_bound")
-    yield module
-    del sys.modules[module.__name__], optax.contrib._weyl_bound
+@pytest.fixture
+def offered(monkeypatch):
+    """Optax as if it had the file."""
+    monkeypatch.setitem(sys.modules, "optax.contrib._weyl_bound", _weyl_bound)
+    monkeypatch.setattr(optax.contrib, "_weyl_bound", _weyl_bound, raising=False)
+    for name in ("adamw2", "scale_by_weyl_bound"):
+        monkeypatch.setattr(optax.contrib, name, getattr(_weyl_bound, name), raising=False)
 
 
 @pytest.mark.slow
-def test_its_own_tests_pass(offered):
-    suite = unittest.defaultTestLoader.loadTestsFromModule(load("_weyl_bound_test"))
+@pytest.mark.usefixtures("offered")
+def test_its_own_tests_pass():
+    tests = importlib.import_module("upstream.optax._weyl_bound_test")
     result = unittest.TestResult()
-    suite.run(result)
+    unittest.defaultTestLoader.loadTestsFromModule(tests).run(result)
     assert result.testsRun >= 20
     assert result.wasSuccessful(), result.errors + result.failures
 
 
-def test_its_examples_run(offered, monkeypatch):
-    for name in ("adamw2", "scale_by_weyl_bound"):
-        monkeypatch.setattr(optax.contrib, name, getattr(offered, name), raising=False)
-    found = doctest.testmod(offered)
+@pytest.mark.usefixtures("offered")
+def test_its_examples_run():
+    found = doctest.testmod(_weyl_bound)
     assert found.attempted > 0
     assert found.failed == 0
 
 
 def test_it_is_small_and_stands_alone():
-    for file in FOLDER.glob("*.py"):
+    files = list(Path(_weyl_bound.__file__).parent.glob("*.py"))
+    assert len(files) == 2
+    for file in files:
         lines = file.read_text().splitlines()
         assert len(lines) <= 300
         assert max(map(len, lines)) <= 80
@@ -68,7 +61,7 @@ NUMBERS = {
 }
 
 
-def test_its_numbers_are_those_of_the_library(offered):
+def test_its_numbers_are_those_of_the_library():
     rng = np.random.default_rng(0)
     shapes = {"small": (40, 8), "large": (96, 48), "heads": (2, 32, 4, 6), "bias": (8,)}
     params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
@@ -83,7 +76,7 @@ def test_its_numbers_are_those_of_the_library(offered):
         "weight_dimension_numbers": NUMBERS,
     }
     of_library = weyl_optax.adamw2(growth="exponential", **settings)
-    theirs = offered.adamw2(**settings)
+    theirs = _weyl_bound.adamw2(**settings)
 
     # A gradient with a few directions that stand out, as those of a Transformer have.
     def loss(params):
