@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -54,12 +54,17 @@ def test(losses: dict[int, np.ndarray], target: float) -> list[Row]:
                 float(values.mean()),
                 float(statistic),
                 float(scipy.stats.norm.sf(statistic / DEVIATION)),
-                float(scipy.stats.ttest_1samp(values, target, alternative="less")[1])
-                if values.size > 1
-                else math.nan,
+                _t_test(values, target),
             )
         )
     return rows
+
+
+def _t_test(values: np.ndarray, target: float) -> float:
+    if values.size < 2:
+        return math.nan
+    result: Any = scipy.stats.ttest_1samp(values, target, alternative="less")
+    return float(result.pvalue)
 
 
 def read(folders: tuple[Path, ...], run: str) -> dict[int, np.ndarray]:
