@@ -39,6 +39,8 @@ if [ -z "$dry" ] && ! grep -q "(gpu)" "$out/machine.txt"; then
   exit 1
 fi
 
+trap 'exit 143' INT TERM  # once the program has ended, which has the signal too, and saves
+
 part() {  # its name, and the program with its flags
   local folder=$out/$1 status=0
   shift
