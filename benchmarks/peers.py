@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from upstream.optax import _weyl_bound
 from weyl_optax import adamw2
 from weyl_optax.contrib import rotate, soft_spectral_clip
 
@@ -100,6 +101,13 @@ def _matrices_only(numbers: Any) -> Any:
     return jax.tree.map_with_path(of_leaf, numbers, is_leaf=is_numbers)
 
 
+def _of_rank_2(numbers: Any) -> Any:
+    """None for vectors."""
+    return jax.tree.map(
+        lambda x: None if x.reduction_axis == () else x, numbers, is_leaf=is_numbers
+    )
+
+
 def _capped(numbers: Any, rank: int) -> optax.GradientTransformation:
     mask = jax.tree.map(
         lambda x: x is not None,
@@ -112,6 +120,9 @@ def _capped(numbers: Any, rank: int) -> optax.GradientTransformation:
 OPTIMIZERS: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
     BASE: lambda _: optax.adamw(RATE),
     OURS: lambda numbers: adamw2(RATE, tau=TAU, weight_dimension_numbers=numbers),
+    "adamw2, as offered to Optax": lambda numbers: _weyl_bound.adamw2(
+        RATE, tau=TAU, weight_dimension_numbers=_of_rank_2(numbers)
+    ),
     "adamw2, a cap of rank 32": lambda numbers: _capped(numbers, 32),
     "adamw2, a cap of rank 192": lambda numbers: _capped(numbers, 192),
     "optax.lamb": lambda _: optax.lamb(RATE),

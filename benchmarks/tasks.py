@@ -11,7 +11,7 @@ from flax import nnx
 
 import models.gpt
 import models.vit
-from examples import language, training, vision
+from examples import language, placement, training, vision
 from models.gpt import GPT
 from models.vit import ViT
 
@@ -67,7 +67,7 @@ def make(name: Name) -> Task:
 
 
 class Training:
-    """A task in training.
+    """A task in training, on one device.
 
     Args:
         task: What is trained. The first step takes the arrays of its model.
@@ -76,7 +76,8 @@ class Training:
 
     def __init__(self, task: Task, make_optimizer: Callable[[Any], optax.GradientTransformation]):
         optimizer = make_optimizer(task.numbers)
-        self.graph, self.state, self._update = training.start(task.model, task.loss, optimizer)
+        model = placement.place_model(task.model, placement.make_mesh(None, rows=1))
+        self.graph, self.state, self._update = training.start(model, task.loss, optimizer)
         self.batch = jax.tree.map(
             lambda x: x.reshape(task.accumulate, -1, *x.shape[1:]), task.batch
         )

@@ -36,8 +36,8 @@ class Config(program.Config):
     dropout: float = 0.0
     """Dropout rate."""
     data: Path | None = None
-    """A text file, a folder of text, or a folder with nanoGPT's train.bin and val.bin. By
-    default, Python's standard library."""
+    """A text file, a folder of text, or a folder with nanoGPT's train.bin and val.bin or the
+    token files of the GPT-2 speedruns. By default, Python's standard library."""
     sequence_length: int = 128
     """Tokens in a sequence, of which a batch has --batch."""
     validation_batches: int = 16

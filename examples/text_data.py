@@ -17,6 +17,8 @@ VALIDATION_SHARE = 0.1  # of a text, its end
 GPT2_VOCAB_SIZE = 50257
 HEADER = 256  # numbers of 32 bits: which kind, version, number of tokens
 LLM_C_DTYPES = {20240520: np.uint16, 20240801: np.uint32}  # by kind
+SPEEDRUN_TRAIN, SPEEDRUN_VALIDATION = "*_train_*.bin", "*_val_*.bin"  # 100 M tokens each
+SPEEDRUN_VALIDATION_SIZE = 20 * 2**19 + 1  # the tokens that count, and a target for the last
 CHUNK = 1 << 24  # tokens, or bytes of text
 NAMED = 10  # files that are left out, of a folder
 LOOKED_AT, MOST = 1 << 20, 0.9  # the numbers that say what a file has, and how many of them must
@@ -39,8 +41,10 @@ def load_corpus(path: Path | None) -> Corpus:
     Args:
         path: A text file in UTF-8, a folder of them, or a folder with nanoGPT's `train.bin`
             and `val.bin`: tokens of GPT-2's vocabulary, uint16 or uint32, with or without the
-            header of llm.c. By default, the modules of Python's standard library. What is left out
-            of a folder is printed.
+            header of llm.c. Or a folder with the files of the GPT-2 speedruns (modded-nanogpt's
+            `fineweb_train_000001.bin` and so on), all of which are trained on, and of whose
+            validation file the first 10,485,760 tokens count. By default, the modules of
+            Python's standard library. What is left out of a folder is printed.
 
     Raises:
         ValueError: If there is nothing to read there, or if a token is outside of the vocabulary.
@@ -55,6 +59,8 @@ def load_corpus(path: Path | None) -> Corpus:
     folder = path if path.is_dir() else path.parent
     if (folder / "train.bin").exists():
         return _from_bin(folder)
+    if any(folder.glob(SPEEDRUN_TRAIN)):
+        return _from_speedrun(folder)
     if path.is_file():
         raise ValueError(f"--data {path}: {folder} has no train.bin beside it.")
     return _from_folder(path)
@@ -128,7 +134,20 @@ def _digest(*parts: np.ndarray) -> str:
 def _from_bin(folder: Path) -> Corpus:
     if not (folder / "val.bin").exists():
         raise ValueError(f"--data: {folder} has train.bin, but no val.bin beside it.")
-    train, validation = (_tokens(folder / name) for name in ("train.bin", "val.bin"))
+    return _corpus(_tokens(folder / "train.bin"), _tokens(folder / "val.bin"))
+
+
+def _from_speedrun(folder: Path) -> Corpus:
+    train, validation = (
+        [_tokens(file) for file in sorted(folder.glob(pattern))]
+        for pattern in (SPEEDRUN_TRAIN, SPEEDRUN_VALIDATION)
+    )
+    if not validation:
+        raise ValueError(f"--data: {folder} has no {SPEEDRUN_VALIDATION} beside the others.")
+    return _corpus(np.concatenate(train), np.concatenate(validation)[:SPEEDRUN_VALIDATION_SIZE])
+
+
+def _corpus(train: np.ndarray, validation: np.ndarray) -> Corpus:
     fingerprint = _digest(train, validation)
     return Corpus(train, validation, GPT2_VOCAB_SIZE, is_text=False, fingerprint=fingerprint)
 
@@ -154,7 +173,9 @@ def _mapped(file: Path) -> np.ndarray:
         beginning = content.read(4096)
     header = np.fromfile(file, np.int32, HEADER)
     if header.size == HEADER and header[0] in LLM_C_DTYPES:
-        dtype, number = LLM_C_DTYPES[int(header[0])], int(header[2])
+        dtype, version, number = LLM_C_DTYPES[int(header[0])], int(header[1]), int(header[2])
+        if version != 1:
+            raise ValueError(f"--data: {file} is of version {version}, and only 1 can be read.")
         if size != 4 * HEADER + number * np.dtype(dtype).itemsize:
             raise ValueError(
                 f"--data: the header of {file} tells of {number} tokens, and the file has {size} "

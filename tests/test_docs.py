@@ -7,6 +7,7 @@ import pytest
 import weyl_optax
 
 DOCS = Path(__file__).parent.parent / "docs"
+PYPROJECT = (DOCS.parent / "pyproject.toml").read_text()
 
 
 def test_reference_has_every_public_name():
@@ -26,3 +27,12 @@ def test_pictures_are_there(page):
 def test_citation_has_the_version():
     citation = (DOCS.parent / "CITATION.cff").read_text()
     assert f"\nversion: {weyl_optax.__version__}\n" in citation
+
+
+def test_oldest_versions_are_those_of_the_package():
+    needed = re.search(r'^dependencies = \["jax>=(.*?)", "optax>=(.*?)"\]', PYPROJECT, re.MULTILINE)
+    assert needed
+    jax, optax = (
+        f"{version}.0" if version.count(".") < 2 else version for version in needed.groups()
+    )
+    assert f"JAX {jax} and Optax {optax} (`.ci/floor`)" in (DOCS / "getting_started.md").read_text()

@@ -67,6 +67,33 @@ def test_tokens_of_both_widths_with_and_without_a_header_are_the_same(tmp_path, 
             load_corpus(tmp_path)
 
 
+def write_speedrun(file, tokens, version=1):
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, version, len(tokens)
+    file.write_bytes(header.tobytes() + np.asarray(tokens, np.uint16).tobytes())
+
+
+def test_the_files_of_the_speedruns_are_one_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_data, "SPEEDRUN_VALIDATION_SIZE", 31)
+    for i in (2, 1):  # written in another order than that of their names
+        write_speedrun(tmp_path / f"fineweb_train_{i:06}.bin", np.arange(100) + 1000 * i)
+    with pytest.raises(ValueError, match=r"has no \*_val_\*\.bin beside the others"):
+        load_corpus(tmp_path)
+    write_speedrun(tmp_path / "fineweb_val_000000.bin", np.arange(50))
+    for path in (tmp_path, tmp_path / "fineweb_train_000001.bin"):
+        corpus = load_corpus(path)
+        expected = np.concatenate([np.arange(1000, 1100), np.arange(2000, 2100)])
+        np.testing.assert_array_equal(corpus.train, expected)
+        np.testing.assert_array_equal(corpus.validation, np.arange(31))
+        assert (corpus.vocab_size, corpus.is_text) == (50257, False)
+    # All that counts is in the validation, once: 3 batches of 2 windows of 5 tokens.
+    batches = validation_batches(corpus.validation, 5, 2, 3)
+    np.testing.assert_array_equal(np.concatenate(batches)[:, 0], np.arange(0, 30, 5))
+    write_speedrun(tmp_path / "fineweb_train_000001.bin", np.arange(100), version=2)
+    with pytest.raises(ValueError, match=r"000001\.bin is of version 2, and only 1 can be read"):
+        load_corpus(tmp_path)
+
+
 def test_a_token_outside_of_the_vocabulary_is_found_wherever_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(text_data, "CHUNK", 64)
     np.arange(50, dtype=np.uint16).tofile(tmp_path / "val.bin")

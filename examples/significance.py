@@ -1,0 +1,112 @@
+"""Whether runs reach the target of the GPT-2 speedruns: over their seeds, at each validation."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+import tyro
+from tyro.conf import Positional
+
+from examples import recorder, tables
+
+DEVIATION = 0.0013  # of a run's loss, as the optimization track assumes it
+LEAST = 0.004  # of (target - mean) sqrt(runs): 3.09 deviations, p < 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Test the validation losses of run folders, one a seed, against a target."""
+
+    folders: Positional[tuple[Path, ...]]
+    """Of examples.train_gpt; all that were run, none left out."""
+    run: str = "adamw2"
+    """The optimizer in them."""
+    target: float = 3.28
+    """Of the loss, in nats per token."""
+
+
+class Row(NamedTuple):
+    """The losses after a step that all runs have validated."""
+
+    step: int
+    mean: float
+    statistic: float  # (target - mean) sqrt(runs)
+    z_test: float  # p of a mean below the target, with the deviation that the track assumes
+    t_test: float  # the same with that of the runs; NaN for one run
+
+    @property
+    def passes(self) -> bool:
+        """By the rule of the optimization track."""
+        return self.statistic >= LEAST
+
+
+def test(losses: dict[int, np.ndarray], target: float) -> list[Row]:
+    """A row for each step, from the losses of all runs."""
+    rows = []
+    for step, values in sorted(losses.items()):
+        statistic = (target - values.mean()) * math.sqrt(values.size)
+        rows.append(
+            Row(
+                step,
+                float(values.mean()),
+                float(statistic),
+                float(scipy.stats.norm.sf(statistic / DEVIATION)),
+                _t_test(values, target),
+            )
+        )
+    return rows
+
+
+def _t_test(values: np.ndarray, target: float) -> float:
+    if values.size < 2:
+        return math.nan
+    result: Any = scipy.stats.ttest_1samp(values, target, alternative="less")
+    return float(result.pvalue)
+
+
+def read(folders: tuple[Path, ...], run: str) -> dict[int, np.ndarray]:
+    """The losses of all folders, by the steps that all of them have validated.
+
+    Raises:
+        ValueError: If a folder has no validated step of the run, or if no step is common.
+    """
+    found = []
+    for folder in folders:
+        lines = recorder.read_metrics(folder, run)
+        by_step = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+        if not by_step:
+            raise ValueError(f"{folder} has no validation of {run}. Name another --run or folder.")
+        found.append(by_step)
+    if not (steps := set.intersection(*map(set, found))):
+        raise ValueError("The runs have no validated step in common: give all the same steps.")
+    return {step: np.array([by_step[step] for by_step in found]) for step in steps}
+
+
+def main(flags: Flags) -> None:
+    """Prints the table, and the first step that passes."""
+    try:
+        rows = test(read(flags.folders, flags.run), flags.target)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    head = ["step", "mean", "(target - mean) sqrt(n)", "p, z-test", "p, t-test"]
+    cells = [
+        [f"{r.step}", f"{r.mean:.5f}", f"{r.statistic:.5f}", f"{r.z_test:.2g}", f"{r.t_test:.2g}"]
+        for r in rows
+    ]
+    print(tables.layout([head, *cells]))
+    first = next((row.step for row in rows if row.passes), None)
+    print(
+        f"\n{len(flags.folders)} runs of {flags.run}: "
+        + (
+            f"a loss of {flags.target} is reached after {first} steps (statistic at least {LEAST})."
+            if first is not None
+            else f"a loss of {flags.target} is not reached with a statistic of at least {LEAST}."
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))
