@@ -26,8 +26,7 @@ def bound_metrics(
     Args:
         opt_state: An optimizer state with a :class:`WeylBoundState` anywhere in it; also
             that of an ``nnx.Optimizer``, or a checkpoint of it, restored as nested dicts.
-        scalars: Whether to give the minimum, the median and the maximum over a batch of
-            matrices, such as stacked layers, in place of an array.
+        scalars: Whether to sum up all matrices in ten numbers.
         prefix: What all names begin with, such as ``"optimizer/"``.
 
     Returns:
@@ -40,9 +39,10 @@ def bound_metrics(
 
         And ``bounded_fraction``, the share of all matrices with a factor below 1.
 
-        With ``scalars``, ``<path>/scale/min``, ``/median`` and ``/max`` are in place of the array
-        of a batch, and ``<path>/bounded_fraction`` is added for each leaf. Where two bounds of
-        one state measure the same leaf, all names begin with ``bound_0/``, ``bound_1/`` and so on.
+        With ``scalars``, the minimum, the median and the maximum over all matrices and vectors,
+        ``sigma_weight/min``, ``sigma_weight/median`` and so on, are in place of the arrays. Where
+        two bounds of one state measure the same leaf, all names begin with ``bound_0/``,
+        ``bound_1/`` and so on.
 
     Raises:
         ValueError: If ``opt_state`` has no :class:`WeylBoundState`.
@@ -72,17 +72,14 @@ def bound_metrics(
         )
     measured = [_measured(state) for state in states]
     if max(Counter(name for found in measured for name in found).values(), default=0) > 1:
-        named = [
-            {f"bound_{i}/{name}": value for name, value in (found | _fraction(found)).items()}
-            for i, found in enumerate(measured)
-        ]
+        parts = {f"bound_{i}/": found for i, found in enumerate(measured)}
     else:
-        together = {name: value for found in measured for name, value in found.items()}
-        named = [together | _fraction(together)]
-    metrics = {name: value for found in named for name, value in found.items()}
-    if scalars:
-        metrics = {n: x for name, value in metrics.items() for n, x in _summary(name, value)}
-    return {prefix + name: value for name, value in metrics.items()}
+        parts = {"": {name: value for found in measured for name, value in found.items()}}
+    return {
+        f"{prefix}{part}{name}": value
+        for part, found in parts.items()
+        for name, value in (_summary(found) if scalars else found | _fraction(found)).items()
+    }
 
 
 def _is_bound(x: Any) -> bool:
@@ -103,19 +100,24 @@ def _measured(state: WeylBoundState | Mapping[str, Any]) -> dict[str, jax.Array]
     }
 
 
+def _all_of(measured: Mapping[str, jax.Array], quantity: str) -> jax.Array:
+    """The values of all matrices; where there are none, 1, which is the scale without a bound."""
+    found = [jnp.ravel(x) for name, x in measured.items() if name.rpartition("/")[2] == quantity]
+    return jnp.concatenate(found) if found else jnp.ones(1)
+
+
+@jax.jit  # which moves no constants to the device in each call, as jax.transfer_guard would forbid
 def _fraction(measured: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The share of matrices with a factor below 1."""
-    scales = [jnp.ravel(x) for name, x in measured.items() if name.rpartition("/")[2] == "scale"]
-    bounded = jnp.concatenate(scales) < 1 if scales else jnp.zeros(1)
-    return {"bounded_fraction": jnp.mean(bounded)}
+    return {"bounded_fraction": jnp.mean(_all_of(measured, "scale") < 1)}
 
 
-def _summary(name: str, value: jax.Array) -> list[tuple[str, jax.Array]]:
-    """A metric as scalars."""
-    rows = [(name, value)]
-    if value.ndim > 0:
-        statistics = {"min": jnp.min, "median": jnp.median, "max": jnp.max}
-        rows = [(f"{name}/{key}", statistic(value)) for key, statistic in statistics.items()]
-    if name.rpartition("/")[2] == "scale":
-        rows.append((name.removesuffix("scale") + "bounded_fraction", jnp.mean(value < 1)))
-    return rows
+@jax.jit
+def _summary(measured: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Ten numbers of all matrices."""
+    statistics = {"min": jnp.min, "median": jnp.median, "max": jnp.max}
+    return {
+        f"{quantity}/{name}": statistic(_all_of(measured, quantity))
+        for quantity in MEASURED
+        for name, statistic in statistics.items()
+    } | _fraction(measured)

@@ -1,14 +1,16 @@
 """The vectors whose norms count: those of the units of a matrix, or the matrix as a whole."""
 
+import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax._arguments import check_in
-from weyl_optax._dimension_numbers import MatrixSpec, WeightDimNumOrFn, axes_of
-from weyl_optax._granularity import by_unit, map_entries
+from weyl_optax._dimension_numbers import MatrixSpec, WeightDimNumOrFn, resolve_dimension_numbers
 from weyl_optax._orthogonal_iteration import compute_dtype
 
 Per = Literal["unit", "matrix"]
@@ -19,27 +21,26 @@ def check_per(per: Any) -> None:
     check_in("per", per, get_args(Per))
 
 
-def only_matrices(weight_dimension_numbers: WeightDimNumOrFn | None) -> WeightDimNumOrFn:
-    """A specification with the matrices alone."""
-    return map_entries(
-        lambda entry: entry if axes_of(entry.reduction_axis) else None, weight_dimension_numbers
-    )
-
-
-def weight_vectors(weight_dimension_numbers: WeightDimNumOrFn | None, per: Per) -> WeightDimNumOrFn:
+def weight_vectors(
+    weight_dimension_numbers: WeightDimNumOrFn | None, per: Per
+) -> Callable[[optax.Params], Any]:
     """A specification of each matrix as vectors: one for each output unit, or one of all entries.
 
-    Vectors and scalars, which are biases and gains, are left out.
+    Vectors and scalars, which are biases and gains, are left out, and so are units with one
+    input: a single number has no direction.
     """
     check_per(per)
-    matrices = only_matrices(weight_dimension_numbers)
-    if per == "unit":
-        return by_unit(matrices)
-    return map_entries(
-        lambda entry: MuonDimensionNumbers(
-            (), axes_of(entry.reduction_axis) + axes_of(entry.output_axis)
-        ),
-        matrices,
+
+    def vectors(spec: MatrixSpec | None) -> MuonDimensionNumbers | None:
+        if spec is None or not spec.reduction:
+            return None
+        axes = spec.reduction if per == "unit" else spec.matrix_axes
+        return MuonDimensionNumbers((), axes) if math.prod(spec.sizes(axes)) > 1 else None
+
+    return lambda params: jax.tree.map(
+        vectors,
+        resolve_dimension_numbers(params, weight_dimension_numbers),
+        is_leaf=lambda x: x is None,
     )
 
 

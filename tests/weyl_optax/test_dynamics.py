@@ -142,6 +142,13 @@ def test_relative_representation_change_is_that_of_a_small_step(normal):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_relative_representation_change_does_not_overflow(dtype):
+    w, x = jnp.full((6, 70), 2, dtype), jnp.ones((50, 6), dtype)  # an output of norm 710
+    found = relative_representation_change(lambda w, x: x @ w, w, 0.125 * w, x)
+    assert float(found) == pytest.approx(0.125)
+
+
 def jacobian(p_of, v):
     """The derivative of vec(P) by vec(V), both by columns."""
 

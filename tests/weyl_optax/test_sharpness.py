@@ -126,6 +126,15 @@ def test_a_target_below_the_critical_rate_is_the_rate_and_a_bad_direction_has_no
     assert float(rate) <= 1e-4
 
 
+def test_a_start_above_the_critical_rate_is_halved():
+    def bowl(w, _):
+        return 5 * jnp.sum(w**2) / 2 + 1  # a step along -5 w is stable up to 2 / 5
+
+    w = jnp.ones(3)
+    rate, _ = critical_learning_rate(bowl, w, -5 * w, None, target=10.0, initial=1.0)
+    assert float(rate) == pytest.approx(0.4, rel=1e-2)
+
+
 def test_wrong_arguments_are_errors():
     params = make_params()
     with pytest.raises(ValueError, match="num_iters must be at least 1"):

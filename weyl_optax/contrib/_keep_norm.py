@@ -39,7 +39,8 @@ def keep_norm(
     Args:
         weight_dimension_numbers: How each leaf is read as matrices, as for
             :func:`weyl_optax.scale_by_weyl_bound`. Vectors and scalars, which are biases and
-            gains, are left to the optimizer. The rows of an embedding, one for each token,
+            gains, are left to the optimizer, and so are units with one input, which could not
+            move. The rows of an embedding, one for each token,
             keep their norms where it is read as ``MuonDimensionNumbers(1, 0)``.
         per: ``"unit"`` for the 2-norm of the incoming weights of every output unit,
             ``"matrix"`` for the Frobenius norm.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from weyl_optax._arguments import value_at
-from weyl_optax._dimension_numbers import WeightDimNumOrFn, resolve_dimension_numbers
+from weyl_optax._dimension_numbers import WeightDimNumOrFn, is_entry
 from weyl_optax._vectors import Per, weight_vectors
 from weyl_optax.contrib._rotate import adamw_angle, rotate
 
@@ -105,7 +105,8 @@ def lion_ar(
 
     Every unit of a matrix turns by the angle :math:`\sqrt{2 \eta_t \lambda \frac{1 - \beta}{1 +
     \beta}}`, at which LionA with the weight decay :math:`\lambda` would arrive in time, and keeps
-    its norm; see :func:`rotate`. Vectors and scalars take the steps of LionA, without decay.
+    its norm; see :func:`rotate`. Vectors, scalars and units with one input take the steps of
+    LionA, without decay.
 
     Args:
         learning_rate: As for :func:`optax.adamw`.
@@ -139,8 +140,7 @@ def lion_ar(
         return adamw_angle(value_at(learning_rate, count), weight_decay, b) * correction(count)
 
     def is_not_rotated(params: optax.Params) -> Any:
-        specs = resolve_dimension_numbers(params, vectors)
-        return jax.tree.map(lambda spec: spec is None, specs, is_leaf=lambda x: x is None)
+        return jax.tree.map(lambda entry: entry is None, vectors(params), is_leaf=is_entry)
 
     return optax.chain(
         scale_by_lion_a(b, nesterov=nesterov),

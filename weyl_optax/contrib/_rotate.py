@@ -47,7 +47,7 @@ def rotate(
         angle: :math:`\eta_r`, in radians for each update, or a schedule. The angle to which
             AdamW settles by itself is given by :func:`adamw_angle`.
         weight_dimension_numbers: How each leaf is read as matrices, see :func:`keep_norm`.
-            Leaves without a matrix keep the update that they are given.
+            What that leaves to the optimizer keeps the update that it is given.
         per: ``"unit"`` or ``"matrix"``, see :func:`keep_norm`.
         decay: Rate of the exponential moving average, with bias correction.
 

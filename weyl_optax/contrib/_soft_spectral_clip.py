@@ -9,9 +9,9 @@ from jax import lax
 
 from weyl_optax import _sharding
 from weyl_optax._arguments import check_above
-from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
+from weyl_optax._dimension_numbers import BoundedLeaves, MatrixSpec, WeightDimNumOrFn, axes_of
+from weyl_optax._granularity import map_entries
 from weyl_optax._orthogonal_iteration import compute_dtype, scaled_to_one
-from weyl_optax._vectors import only_matrices
 
 # Above it the cubic takes what rounding has put above 1 to less than `least`.
 _MAX_SCALE = 1.69
@@ -60,7 +60,9 @@ def soft_spectral_clip(
         Hermitian Matrix <https://www.mcs.anl.gov/papers/P5059-0114.pdf>`_, 2014
     """
     check_above("max_norm", max_norm, 0)
-    matrices = only_matrices(weight_dimension_numbers)
+    matrices = map_entries(
+        lambda entry: entry if axes_of(entry.reduction_axis) else None, weight_dimension_numbers
+    )
 
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from weyl_optax._orthogonal_iteration import compute_dtype
+
 
 def relative_representation_change(
     fn: Callable[[optax.Params, Any], Any],
@@ -29,7 +31,7 @@ def relative_representation_change(
         batch: Whatever ``fn`` takes.
 
     Returns:
-        A scalar; the norms are over all entries of the output.
+        A scalar, in float32 at least; the norms are over all entries of the output.
 
     Example:
         >>> import jax.numpy as jnp
@@ -44,4 +46,8 @@ def relative_representation_change(
         Training <https://arxiv.org/abs/2410.23922>`_, 2024
     """
     output, change = jax.jvp(lambda p: fn(p, batch), (params,), (updates,))
+    # A sum of squares of float16 overflows from a norm of 256 on.
+    change, output = (
+        jax.tree.map(lambda x: x.astype(compute_dtype(x)), y) for y in (change, output)
+    )
     return optax.tree.norm(change) / optax.tree.norm(output)

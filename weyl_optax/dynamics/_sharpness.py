@@ -175,8 +175,8 @@ def critical_learning_rate(
 
     Returns:
         The rate, and the number of forward passes that it took. Both are arrays: the search
-        can be jitted. The rate is ``target`` where no instability was found, and at least
-        ``initial`` otherwise.
+        can be jitted. The rate is ``target`` where no instability was found. It may be
+        below ``initial``, where that is above the critical rate already.
 
     Raises:
         ValueError: If ``initial`` or ``tolerance`` is negative, or ``factor`` below 1.

@@ -9,7 +9,7 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax.contrib import adamw_angle, keep_norm, rotate
+from weyl_optax.contrib import adamw_angle, keep_norm, lion_a, lion_ar, rotate
 
 SHAPES = {"kernel": (20, 30), "stack": (3, 14, 12), "query": (12, 3, 4), "out": (3, 4, 12)}
 NUMBERS = {
@@ -206,3 +206,18 @@ def test_wrong_arguments_are_errors():
     for solver in (keep_norm(), rotate(0.1)):
         with pytest.raises(ValueError, match="needs the params"):
             solver.update(w, solver.init(w))
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 1, 8)])
+def test_a_unit_with_one_input_is_left_to_the_optimizer(shape):
+    params, grads = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
+    alone = {"adam": optax.adam(0.1), "lion_a": lion_a(0.1, weight_decay=0.0)}
+    for name, solver in (
+        ("adam", optax.chain(alone["adam"], keep_norm())),
+        ("adam", optax.chain(alone["adam"], rotate(0.1))),
+        ("lion_a", lion_ar(0.1)),
+    ):
+        expected, _ = alone[name].update(grads, alone[name].init(params), params)
+        found, _ = solver.update(grads, solver.init(params), params)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert float(jnp.abs(found).min()) > 0
