@@ -31,12 +31,10 @@ class AdamW2:
         self.m = {name: np.zeros_like(w) for name, w in self.weights.items()}
         self.v = {name: np.zeros_like(w) for name, w in self.weights.items()}
         self.growth = growth
-        self.most = {name: sigma(w, *axes[name]) for name, w in self.weights.items()}
+        self.most = {}
         for name, (reduction, output) in axes.items():
-            if reduction:  # a matrix
-                sides = as_matrices(self.weights[name], reduction, output).shape[-2:]
-                gaussian = max_std * sum(map(math.sqrt, sides))
-                self.most[name] = np.minimum(self.most[name], gaussian)
+            m, n = as_matrices(self.weights[name], reduction, output).shape[-2:]
+            self.most[name] = max_std * (m**0.5 + n**0.5) if reduction else n**0.5
         self.axes, self.schedule, self.tau, self.t = axes, schedule, tau, 0
         self.b1, self.b2, self.eps, self.decay, self.decayed = b1, b2, eps, decay, decayed
 

@@ -41,7 +41,7 @@ def adamw2(
 
         \begin{align*}
           \alpha_t &= \min\left(\eta_t,\;
-              \tau\, \min(\sigma_1(W_{t-1}), \sigma_1(W_0), s (\sqrt m + \sqrt n))
+              \tau\, \min(\sigma_1(W_{t-1}), s (\sqrt m + \sqrt n))
               / \sigma_1(U_t)\right), \\
           W_t &= W_{t-1} - \alpha_t U_t - \alpha_t \lambda W_{t-1}.
         \end{align*}

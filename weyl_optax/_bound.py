@@ -29,7 +29,6 @@ class WeylBoundState(NamedTuple):
     # A block is 8 vectors along the shorter side, if that is above 16; float32 at least.
     weight_block: Any  # shape=(*batch, 8, *output) or (*batch, *reduction, 8)
     update_block: Any  # The same.
-    sigma_initial: Any  # shape=batch. Norm of the weight before the first update; 0 before that.
     sigma_weight: Any  # shape=batch. Norm of the weight, last update.
     sigma_update: Any  # shape=batch. Norm of the update, last update.
     bound_scale: Any  # shape=batch. Factor applied to the last update.
@@ -71,19 +70,18 @@ def scale_by_weyl_bound(
 
     That is the rule of the paper, by which a norm may grow exponentially, to
     :math:`(1 + \tau)^T` times what it was after :math:`T` steps: too little or far too much,
-    as :math:`\tau` and :math:`T` happen to be. By default a norm grows at most linearly. No step
-    is larger than :math:`\tau` times the norm with which the weights began, nor, for a matrix,
-    than :math:`\tau` times that of an :math:`m \times n` Gaussian matrix of the
-    deviation :math:`s` (``max_std``):
+    as :math:`\tau` and :math:`T` happen to be. By default a norm grows so only to the usual size,
+    and linearly from there: no step of a matrix is larger than :math:`\tau` times the norm of an
+    :math:`m \times n` Gaussian matrix of the deviation :math:`s` (``max_std``),
 
     .. math::
 
         \alpha_t = \min\left(\eta_t,\; \tau\, \frac{\min(\sigma_1(W_{t-1}),\;
-            \sigma_1(W_0),\; s (\sqrt m + \sqrt n))}{\sigma_1(U_t)}\right).
+            s (\sqrt m + \sqrt n))}{\sigma_1(U_t)}\right),
 
-    A weight that starts at zero, or near it (``min_std``), as adapters, residual gains, biases and
-    zero heads do, has no norm to go by: it grows exponentially to
-    :math:`s (\sqrt m + \sqrt n)`, and linearly from there.
+    and none of a vector or a scalar than :math:`\tau` times that of ones, as which gains begin. A
+    weight that starts at zero, as adapters, residual gains, biases and zero heads do, counts as a
+    small one at first (``min_std``).
 
     Args:
         tau: Largest growth of a spectral norm in a step, relative; a schedule of it is allowed.
@@ -106,8 +104,9 @@ def scale_by_weyl_bound(
             matrix of this standard deviation, counts as having that norm, so that a
             layer that starts at zero can move. 0 is the paper's rule to the letter.
         max_std: With linear growth, a matrix with a norm above
-            ``max_std * (sqrt(m) + sqrt(n))`` counts as having that norm. The default is the
-            usual deviation of a Transformer's initial weights.
+            ``max_std * (sqrt(m) + sqrt(n))`` counts as having that norm, and a vector with one
+            above ``sqrt(n)`` as having that. The default is the usual deviation of a
+            Transformer's initial weights.
         weight_dimension_numbers: How each leaf is read as matrices: a tree like the
             params with an :class:`optax.contrib.MuonDimensionNumbers` for each leaf or
             subtree, or ``None`` to leave it unbounded (where Muon would use Adam); or a
@@ -180,7 +179,6 @@ def scale_by_weyl_bound(
             bound_count=jnp.zeros([], jnp.int32),
             weight_block=of_each(iteration.new_block),
             update_block=of_each(iteration.new_block),
-            sigma_initial=of_each(iteration.zero_norms),
             sigma_weight=of_each(iteration.zero_norms),
             sigma_update=of_each(iteration.zero_norms),
             bound_scale=of_each(lambda a, spec: iteration.zero_norms(a, spec) + 1),
@@ -211,21 +209,15 @@ def scale_by_weyl_bound(
             state.bound_count,
         )
         of_weights, of_updates = found[: len(weights)], found[len(weights) :]
-        sigma_initials = [
-            jnp.where((before > 0) & jnp.isfinite(before), before, now.sigma)
-            for before, now in zip(leaves.of(state.sigma_initial), of_weights, strict=True)
-        ]
         max_growth, rate = (value_at(x, state.bound_count) for x in (tau, learning_rate))
         scales = [
             _scale(
-                _reference(spec, w.sigma, initial, growth, min_std, max_std),
+                _reference(spec, w.sigma, growth, min_std, max_std),
                 u.sigma,
                 max_growth,
                 rate,
             )
-            for spec, w, initial, u in zip(
-                leaves.specs, of_weights, sigma_initials, of_updates, strict=True
-            )
+            for spec, w, u in zip(leaves.specs, of_weights, of_updates, strict=True)
         ]
         updates = leaves.put(wide, updates)
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
@@ -242,7 +234,6 @@ def scale_by_weyl_bound(
             bound_count=jnp.asarray(optax.safe_increment(state.bound_count)),
             weight_block=leaves.put([x.block for x in of_weights], state.weight_block),
             update_block=leaves.put([x.block for x in of_updates], state.update_block),
-            sigma_initial=leaves.put(sigma_initials, state.sigma_initial),
             sigma_weight=leaves.put([x.sigma for x in of_weights], state.sigma_weight),
             sigma_update=leaves.put([x.sigma for x in of_updates], state.sigma_update),
             bound_scale=leaves.put(scales, state.bound_scale),
@@ -275,7 +266,6 @@ def _check_reading(leaves: BoundedLeaves, state: WeylBoundState) -> None:
 def _reference(
     spec: MatrixSpec,
     now: jax.Array,
-    initial: jax.Array,
     growth: Growth,
     min_std: jax.typing.ArrayLike,
     max_std: jax.typing.ArrayLike,
@@ -284,8 +274,8 @@ def _reference(
     gaussian = sum(math.sqrt(size) for size in spec.matrix_shape)  # its norm, with deviation 1
     least, most = (jnp.asarray(std, now.dtype) * gaussian for std in (min_std, max_std))
     if growth == "linear":
-        usual = jnp.minimum(initial, most) if spec.reduction else initial
-        now = jnp.minimum(now, jnp.where(initial < least, most, usual))
+        ones = math.sqrt(spec.matrix_shape[1])  # their norm
+        now = jnp.minimum(now, most if spec.reduction else ones)
     return jnp.maximum(now, least)
 
 

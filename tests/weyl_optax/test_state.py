@@ -28,7 +28,7 @@ from weyl_optax import (
 from weyl_optax.flax import dimension_numbers
 
 FIELDS = (
-    "weight_block", "update_block", "sigma_initial", "sigma_weight", "sigma_update",
+    "weight_block", "update_block", "sigma_weight", "sigma_update",
     "bound_scale",
 )  # fmt: skip
 

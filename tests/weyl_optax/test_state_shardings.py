@@ -40,7 +40,7 @@ def test_a_moment_lies_as_its_param_and_a_block_as_its_own_axes():
         assert blocks["stack"].spec == P("y", "x", None)  # (2, 64, 8): the shorter side is 64
         assert blocks["query"].spec == P(None, None)  # (64, 8)
         assert blocks["bias"] is None
-    for norms in (bound.sigma_initial, bound.sigma_weight, bound.sigma_update, bound.bound_scale):
+    for norms in (bound.sigma_weight, bound.sigma_update, bound.bound_scale):
         assert {name: norm.spec for name, norm in norms.items()} == {
             "stack": P("y"),
             "query": P(),
