@@ -145,7 +145,7 @@ class SwiGLU(nnx.Module):
         return self.down(h_BxTxM)
 
 
-def _linear(config: Config, rngs: nnx.Rngs) -> layers.Linear:
+def _linear(config: Config, rngs: nnx.Rngs) -> functools.partial[nnx.LinearGeneral]:
     return functools.partial(
         layers.linear,
         dtype=config.dtype,

@@ -255,7 +255,7 @@ def test_presets_are_the_defaults_of_the_other_flags():
         (["--clip", "inf"], "--clip inf: it must be"),
         (["--runs"], "--runs: name at least one optimizer"),
         (["--tau", "-1"], "--tau -1.0: it must be at least 0"),
-        (["--betas", "0.9", "1.0"], "at least 0, and below 1"),
+        (["--b2", "1.0"], "at least 0, and below 1"),
         (["--preset", "gpt3"], "invalid choice 'gpt3'"),
         (["--data", "absent"], "no such file or folder"),
         (["--resume"], "has no run"),
