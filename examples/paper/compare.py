@@ -1,9 +1,7 @@
 """Compare optimizers by the protocol of docs/comparison.md."""
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from filelock import FileLock
 
 from examples import optimizers, plots, program
 from examples.paper import comparison_tables, nano
-from examples.paper.comparison_tables import Line, Tuned
+from examples.paper.comparison_tables import Tuned
+from examples.paper.run_table import Line, RunTable
 from examples.paper.search import Search, Settings, search
 from examples.paper.trainer import Trainer, finite
 from examples.text_data import load_corpus, split_test
@@ -85,13 +83,7 @@ def prepare(flags: Flags) -> nano.Nano:
 def main(flags: Flags, task: nano.Nano) -> None:
     """Trains what the table has not, and shows it: tables and pictures."""
     runs = Runs(flags, task)
-    found = search(
-        {name: runs.losses(name) for name in flags.runs},
-        {name: optimizers.OPTIMIZERS[name].ranges for name in flags.runs},
-        flags.trials,
-        flags.rounds,
-        flags.steps,
-    )
+    found = tune(runs, flags)
     for seed, name in itertools.product(fresh_seeds(flags), flags.runs):
         runs.get(name, "fresh", seed, found[name].best)
     if flags.rates:
@@ -112,6 +104,17 @@ def main(flags: Flags, task: nano.Nano) -> None:
     print(f"\nPictures: {', '.join(map(str, pictures))}")
 
 
+def tune(runs: "Runs", flags: Flags) -> dict[str, Search]:
+    """The trials of every optimizer."""
+    return search(
+        {name: runs.losses(name) for name in flags.runs},
+        {name: optimizers.OPTIMIZERS[name].ranges for name in flags.runs},
+        flags.trials,
+        flags.rounds,
+        flags.steps,
+    )
+
+
 def fresh_seeds(flags: Flags) -> range:
     """Those of the report."""
     return range(TUNING_SEED + 1, TUNING_SEED + 1 + flags.seeds)
@@ -123,11 +126,12 @@ def at_rate(settings: Settings, factor: float) -> Settings:
 
 
 def gather(runs: "Runs", name: str, found: Search, flags: Flags) -> Tuned:
-    """What the table has of an optimizer."""
-    trials = [runs.find(name, "tuning", TUNING_SEED, settings) for settings in found.tried]
-    fresh = [runs.find(name, "fresh", seed, found.best) for seed in fresh_seeds(flags)]
-    at = [(f, runs.find(name, "rate", TUNING_SEED, at_rate(found.best, f))) for f in RATES]
-    at.append((1.0, runs.find(name, "tuning", TUNING_SEED, found.best)))
+    """What there is of an optimizer."""
+    trials = [runs.get(name, "tuning", TUNING_SEED, settings) for settings in found.tried]
+    fresh = [runs.get(name, "fresh", seed, found.best) for seed in fresh_seeds(flags)]
+    rates = RATES if flags.rates else ()
+    at = [(f, runs.get(name, "rate", TUNING_SEED, at_rate(found.best, f))) for f in rates]
+    at.append((1.0, runs.get(name, "tuning", TUNING_SEED, found.best)))
     return Tuned(
         found,
         [line for line in trials if line],
@@ -144,13 +148,13 @@ class Runs:
         self._flags, self._corpus = flags, corpus
         self._trainer = Trainer(task._replace(data=corpus), flags.steps)
         text = "python" if flags.data is None else flags.data.name
-        self._what = {
+        common = {
             "model": flags.model,
             "data": f"{text} {corpus.fingerprint}",
             "batch": task.config.batch,
             "steps": flags.steps,
         }
-        self._lines = self._read()
+        self._table = RunTable(flags.table, flags.out, common)
 
     def losses(self, name: str) -> Callable[[Settings], float]:
         """The validation loss of an optimizer's trials, inf for none."""
@@ -163,43 +167,10 @@ class Runs:
 
     def get(self, name: str, use: str, seed: int, settings: Settings) -> Line | None:
         """A run: found, or else trained, but for a report."""
-        found = self.find(name, use, seed, settings)
-        if found or self._flags.report:
-            return found
-        run = self._describe(name, use, seed, settings)
-        digest = hashlib.blake2b(json.dumps(run).encode(), digest_size=8).hexdigest()
-        with FileLock(self._flags.out / f".{digest}.lock"):  # another process may just train it
-            self._lines = self._read()
-            return self.find(name, use, seed, settings) or self._train(run)
-
-    def find(self, name: str, use: str, seed: int, settings: Settings) -> Line | None:
-        """A line of the table."""
-        run = self._describe(name, use, seed, settings)
-        return next((line for line in self._lines if run.items() <= line.items()), None)
-
-    def _describe(self, name: str, use: str, seed: int, settings: Settings) -> Line:
-        return self._what | {"optimizer": name, "use": use, "seed": seed, "settings": settings}
-
-    def _read(self) -> list[Line]:
-        """The lines of the table that are whole, and of this model, length and text."""
-        text = self._flags.table.read_text() if self._flags.table.exists() else ""
-        lines = []
-        for part in filter(None, text.splitlines()):
-            try:
-                lines.append(json.loads(part))
-            except ValueError:
-                print(f"{self._flags.table}: a damaged line is left out: {part[:40]}")
-        return [line for line in lines if self._what.items() <= line.items()]
-
-    def _train(self, run: Line) -> Line:
-        line, table = run | self._result(**run), self._flags.table
-        is_cut = table.exists() and not table.read_bytes().endswith(b"\n")
-        with table.open("a") as file:
-            file.write("\n" * is_cut + json.dumps(line) + "\n")
-        self._lines.append(line)
-        shown = ("optimizer", "use", "seed", "settings", "val_loss")
-        print(*(line[key] for key in shown), flush=True)
-        return line
+        run = {"optimizer": name, "use": use, "seed": seed, "settings": settings}
+        if self._flags.report:
+            return self._table.find(run)
+        return self._table.get(run, lambda: self._result(**run))
 
     def _result(self, optimizer: str, seed: int, settings: Settings, **_: Any) -> Line:
         """What a run adds to its line, with None for what is not finite."""

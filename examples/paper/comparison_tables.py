@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from examples import tables
 from examples.optimizers import LABELS
+from examples.paper.run_table import Line
 from examples.paper.search import Search, at_edges
 
 CLOSE = 0.05  # nats above the best trial
 AGAINST = ("adamw_warmup", "adamw2", "muon", "muon_bound")
 
-Line = dict[str, Any]  # of the table of all runs
 Row = tuple[str, ...]
 
 
