@@ -56,6 +56,8 @@ class Config(program.Config):
             raise ValueError(
                 f"--sequence-length {self.sequence_length}: {self.model} takes 1 to {context}."
             )
+        if isinstance(SIZES[self.model], llama.Config) and (self.dropout or self.watch):
+            raise ValueError(f"--dropout and --watch are of a GPT. {self.model} has neither.")
 
 
 _GPT2 = Config(

@@ -4,7 +4,7 @@ A tree of dimension numbers says which axes of a leaf are its matrix; see `optax
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -52,7 +52,7 @@ def scion(
         ratio = _size(u, n.output_axis) / _size(u, n.reduction_axis)
         return math.sqrt(ratio) * u
 
-    steps = {
+    steps: dict[Hashable, optax.GradientTransformation] = {
         "spectral": optax.chain(
             scale_by_muon(beta=b1, nesterov=False, weight_dimension_numbers=_only(numbers, hidden)),
             _of_matrices(to_output, numbers, hidden),
@@ -133,13 +133,13 @@ def _scale_by_units(b2: float, numbers: Any, hidden: Any) -> optax.GradientTrans
         return optax.tree.zeros_like(means.update(params, means.init(params))[0])
 
     def update(
-        updates: optax.Updates, average: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         new, _ = means.update(updates, optax.EmptyState())
-        average = optax.tree.update_moment(new, average, b2, 1)
-        updates = jax.tree.map(lambda u, v: u / (jnp.sqrt(v) + 1e-10), updates, average)
-        return updates, average
+        state = optax.tree.update_moment(new, state, b2, 1)
+        updates = jax.tree.map(lambda u, v: u / (jnp.sqrt(v) + 1e-10), updates, state)
+        return updates, state
 
     return optax.GradientTransformation(init, update)
 

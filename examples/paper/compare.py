@@ -5,22 +5,24 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
 
-from examples import optimizers, plots, program
+from examples import language, optimizers, plots, program
 from examples.paper import comparison_tables, nano
 from examples.paper.comparison_tables import Tuned
 from examples.paper.run_table import Line, RunTable
 from examples.paper.search import Search, Settings, search
 from examples.paper.trainer import Trainer, finite
-from examples.text_data import load_corpus, split_test
+from examples.text_data import Corpus, load_corpus, split_test
 
 TUNING_SEED = 0  # the reported ones follow
 RATES = (0.1, 0.3, 3.0, 10.0)  # relative to the best
 POINTS = 20  # of the training loss in the table
+
+Text = tuple[language.Config, Corpus]  # what is trained on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Flags:
     run, one waits for the other.
     """
 
-    model: Literal["llama", "llama-qk-norm", "gpt", "gpt-wide"] = "llama"
+    model: nano.TextName = "llama"
     """What to train."""
     steps: int = 800
     """Updates of a run."""
@@ -59,7 +61,7 @@ class Flags:
     """Only show what the table has."""
 
 
-def prepare(flags: Flags) -> nano.Nano:
+def prepare(flags: Flags) -> Text:
     """What to train, and on what.
 
     Raises:
@@ -72,17 +74,17 @@ def prepare(flags: Flags) -> nano.Nano:
     if "qk_clip" in flags.runs:
         raise ValueError("--runs qk_clip: it needs the logits of attention. Leave it out.")
     program.check_folder(flags.out)
-    task = nano.load(flags.model)
+    config, corpus = nano.load_text(flags.model)
     if flags.data is not None:
-        task = task._replace(data=load_corpus(flags.data))
+        corpus = load_corpus(flags.data)
     flags.out.mkdir(parents=True, exist_ok=True)
     flags.table.parent.mkdir(parents=True, exist_ok=True)
-    return task
+    return dataclasses.replace(config, steps=flags.steps), corpus
 
 
-def main(flags: Flags, task: nano.Nano) -> None:
+def main(flags: Flags, text: Text) -> None:
     """Trains what the table has not, and shows it: tables and pictures."""
-    runs = Runs(flags, task)
+    runs = Runs(flags, *text)
     found = tune(runs, flags)
     for seed, name in itertools.product(fresh_seeds(flags), flags.runs):
         runs.get(name, "fresh", seed, found[name].best)
@@ -143,16 +145,16 @@ def gather(runs: "Runs", name: str, found: Search, flags: Flags) -> Tuned:
 class Runs:
     """The runs of one model, length and text: those in the table, and those to come."""
 
-    def __init__(self, flags: Flags, task: nano.Nano):
-        corpus, self._test = split_test(task.data)
+    def __init__(self, flags: Flags, config: language.Config, corpus: Corpus):
+        corpus, self._test = split_test(corpus)
         self._flags, self._corpus = flags, corpus
-        self._trainer = Trainer(task._replace(data=corpus), flags.steps)
+        self._trainer = Trainer(config, corpus)
         text = "python" if flags.data is None else flags.data.name
         common = {
             "model": flags.model,
             "data": f"{text} {corpus.fingerprint}",
-            "batch": task.config.batch,
-            "steps": flags.steps,
+            "batch": config.batch,
+            "steps": config.steps,
         }
         self._table = RunTable(flags.table, flags.out, common)
 

@@ -50,15 +50,18 @@ def prepare(flags: Flags) -> dict[str, Settings]:
     Raises:
         ValueError: If a flag is out of range, or if the comparison has no trial of an optimizer.
     """
-    if flags.seeds < 2 or flags.steps < compare.POINTS:
-        raise ValueError(f"--seeds must be at least 2, and --steps at least {compare.POINTS}.")
-    program.check_folder(flags.out)
-    flags.out.mkdir(parents=True, exist_ok=True)
+    if flags.seeds < 2:
+        raise ValueError("--seeds must be at least 2.")
     flags.table.parent.mkdir(parents=True, exist_ok=True)
     of = compare.Flags(
-        steps=flags.steps, rounds=flags.rounds, runs=flags.runs, table=flags.comparison, report=True
+        steps=flags.steps,
+        rounds=flags.rounds,
+        runs=flags.runs,
+        table=flags.comparison,
+        out=flags.out,
+        report=True,
     )
-    runs = compare.Runs(of, nano.load(of.model))
+    runs = compare.Runs(of, *compare.prepare(of))
     found = {name: search.best for name, search in compare.tune(runs, of).items()}
     if missing := [name for name in found if math.isinf(runs.losses(name)(found[name]))]:
         raise ValueError(f"{flags.comparison} has no trial of {', '.join(missing)}.")
@@ -93,11 +96,12 @@ class Disturbed:
     """Runs of the small Llama, and the test loss at their end."""
 
     def __init__(self, steps: int):
-        task, self._half = nano.load("llama"), steps // 2
-        self._corpus, self._test = split_test(task.data)
-        self._trainer = Trainer(task._replace(data=self._corpus), steps)
+        config, corpus = nano.load_text("llama")
+        self._half = steps // 2
+        self._corpus, self._test = split_test(corpus)
+        self._trainer = Trainer(dataclasses.replace(config, steps=steps), self._corpus)
         self._other, self._other_test = split_test(load_corpus(Path(np.get_include())))
-        self._later = Trainer(task._replace(data=self._other), self._half)
+        self._later = Trainer(dataclasses.replace(config, steps=self._half), self._other)
 
     def undisturbed(self, name: str, settings: Settings, seed: int) -> Line:
         """A plain run."""

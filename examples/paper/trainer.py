@@ -14,18 +14,17 @@ import optax
 from flax import nnx
 
 from examples import language, optimizers, training
-from examples.paper import nano
-from examples.text_data import Windows, training_batches, validation_batches
+from examples.text_data import Corpus, Windows, training_batches, validation_batches
 
 State = tuple[Any, Any]  # params, and the state of an optimizer
 
 
 class Trainer:
-    """A model on a text, for runs of some length."""
+    """A model on a text, for runs of the length that its config says."""
 
-    def __init__(self, task: nano.Nano, steps: int):
-        self.config = dataclasses.replace(task.config, steps=steps)
-        self._corpus = task.data
+    def __init__(self, config: language.Config, corpus: Corpus):
+        self.config = config
+        self._corpus = corpus
         model = language.make_model(self.config, self._corpus)
         self._numbers = language.numbers_of(model)
         self._graph, _, rest = nnx.split(model, nnx.Param, ...)
@@ -47,7 +46,7 @@ class Trainer:
         """A run with an optimizer and its settings."""
         steps = self.config.steps
         config = dataclasses.replace(self.config, **settings)
-        rates = optimizers.OPTIMIZERS[name].schedule(config, steps)(jnp.arange(steps))
+        rates = jnp.asarray(optimizers.OPTIMIZERS[name].schedule(config, steps)(jnp.arange(steps)))
         # The warmup is in the rates.
         numbers = {key: jnp.asarray(value) for key, value in settings.items() if key != "warmup"}
         if name not in self._compiled:

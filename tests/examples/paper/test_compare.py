@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples import plots
-from examples.paper import compare, nano
+from examples import language, plots
+from examples.paper import compare
 from examples.text_data import Corpus
 
 
-def task_of(text=b"some text" * 20):
+def text_of(flags, text=b"some text" * 20):
     tokens = np.frombuffer(text, np.uint8)
-    config = dataclasses.make_dataclass("Config", ["batch"])(16)
-    return nano.Nano(None, None, config, Corpus(tokens, tokens, 256, True, str(hash(text))))
+    config = dataclasses.replace(language.PRESETS["nano"], steps=flags.steps)
+    return config, Corpus(tokens, tokens, 256, True, str(hash(text)))
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def trained(monkeypatch):
         losses = {"val_loss": loss, "test_loss": loss, "train_losses": [loss] * 20}
         return losses | {"cpu_seconds": 1.0}
 
-    monkeypatch.setattr(compare, "Trainer", lambda task, steps: None)
+    monkeypatch.setattr(compare, "Trainer", lambda config, corpus: None)
     monkeypatch.setattr(compare.Runs, "_result", result)
     return runs
 
@@ -42,7 +42,7 @@ def flags_of(tmp_path, **changes):
 @pytest.mark.slow
 def test_what_the_table_has_is_not_trained_again(tmp_path, trained, capsys):
     flags = flags_of(tmp_path)
-    compare.main(flags, task_of())
+    compare.main(flags, text_of(flags))
     number = len(trained)
     # 2 rounds of 2 trials, 2 seeds and 4 rates.
     assert number == 2 * (2 * 2 + 2 + 4) == len(flags.table.read_text().splitlines())
@@ -56,23 +56,24 @@ def test_what_the_table_has_is_not_trained_again(tmp_path, trained, capsys):
         assert [settings for _, settings in of[4:6]] == [best, best]
         rates = [settings["learning_rate"] / best["learning_rate"] for _, settings in of[6:]]
         np.testing.assert_allclose(rates, [0.1, 0.3, 3, 10], rtol=0.01)
-    compare.main(flags, task_of())
+    compare.main(flags, text_of(flags))
     assert len(trained) == number
-    compare.main(flags, task_of(b"another text" * 20))
+    compare.main(flags, text_of(flags, b"another text" * 20))
     assert len(trained) == 2 * number
-    compare.main(dataclasses.replace(flags, rates=False, steps=900), task_of())
+    longer = dataclasses.replace(flags, rates=False, steps=900)
+    compare.main(longer, text_of(longer))
     assert len(trained) == 2 * number + 2 * (2 * 2 + 2)
 
 
 @pytest.mark.slow
 def test_a_report_of_a_table_that_is_cut_short_shows_what_there_is(tmp_path, trained, capsys):
     flags = flags_of(tmp_path)
-    compare.main(flags, task_of())
+    compare.main(flags, text_of(flags))
     lines = flags.table.read_text().splitlines(keepends=True)
     for number, muon in ((0, False), (1, False), (3, True), (9, True), (len(lines), True)):
         flags.table.write_text("".join(lines[:number]))
         capsys.readouterr()
-        compare.main(dataclasses.replace(flags, report=True), task_of())
+        compare.main(dataclasses.replace(flags, report=True), text_of(flags))
         shown = capsys.readouterr().out
         assert ("AdamW, no warmup" in shown) == (number > 0)
         assert ("\nMuon, no warmup" in shown) == muon
@@ -82,7 +83,7 @@ def test_a_report_of_a_table_that_is_cut_short_shows_what_there_is(tmp_path, tra
 
 
 def loss_of(flags):
-    return compare.Runs(flags, task_of()).losses("adamw")
+    return compare.Runs(flags, *text_of(flags)).losses("adamw")
 
 
 def test_a_table_whose_last_line_is_cut_loses_that_line_alone(tmp_path, trained, capsys):
