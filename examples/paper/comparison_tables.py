@@ -30,7 +30,7 @@ class Tuned(NamedTuple):
 def report(tuned: Mapping[str, Tuned], steps: int) -> str:
     """The tables, of optimizers with a trial at least."""
     found = results(tuned, steps), differences(tuned), sensitivity(tuned)
-    return "\n\n".join(map(tables.layout, found))
+    return "\n\n".join(map(tables.markdown, found))
 
 
 def results(tuned: Mapping[str, Tuned], steps: int) -> list[Row]:
@@ -57,7 +57,7 @@ def results(tuned: Mapping[str, Tuned], steps: int) -> list[Row]:
 
 
 def differences(tuned: Mapping[str, Tuned]) -> list[Row]:
-    """Differences of test losses, paired over the seeds; a star where the interval has no zero."""
+    """Differences of test losses, paired over the seeds; an arrow where zero is outside."""
     losses = {
         name: {line["seed"]: _loss(line, "test_loss") for line in t.fresh}
         for name, t in tuned.items()
@@ -88,13 +88,13 @@ def sensitivity(tuned: Mapping[str, Tuned]) -> list[Row]:
 
 
 def interval(values: Sequence[float], sign: str = "") -> str:
-    """Mean and 95 % interval of Student's t; with a sign, a star where it leaves out zero."""
+    """Mean and 95 % interval of Student's t; with a sign, an arrow where it leaves out zero."""
     mean = np.mean(values)
     if len(values) < 2 or not np.isfinite(mean):
         return f"{mean:{sign}.3f}"
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    star = "*" * bool(sign and abs(mean) > half)
-    return f"{mean:{sign}.3f} ± {half:.3f}{star}"
+    arrow = " ↓" if mean < 0 else " ↑"
+    return f"{mean:{sign}.3f} ± {half:.3f}{arrow * bool(sign and abs(mean) > half)}"
 
 
 def _best(t: Tuned) -> float:

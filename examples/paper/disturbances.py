@@ -89,7 +89,7 @@ def main(flags: Flags, settings: dict[str, Settings]) -> None:
     for name in flags.runs:
         cells = (interval(losses[case, name]) for case in cases)
         rows.append((optimizers.LABELS[name], *cells))
-    print(tables.layout(rows))
+    print(tables.markdown(rows))
 
 
 class Disturbed:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples import language, plots
+from examples import language, optimizers, plots
 from examples.paper import compare
 from examples.text_data import Corpus
 
@@ -76,10 +77,23 @@ def test_a_report_of_a_table_that_is_cut_short_shows_what_there_is(tmp_path, tra
         compare.main(dataclasses.replace(flags, report=True), text_of(flags))
         shown = capsys.readouterr().out
         assert ("AdamW, no warmup" in shown) == (number > 0)
-        assert ("\nMuon, no warmup" in shown) == muon
+        assert ("\n| Muon, no warmup" in shown) == muon
         assert len(flags.table.read_text().splitlines()) == number
     assert (tmp_path / "rates.png").stat().st_size > 10_000
     assert (tmp_path / "seconds.png").stat().st_size > 10_000
+
+
+def test_the_table_of_the_repository_has_every_run_once_and_whole():
+    lines = [json.loads(line) for line in compare.Flags.table.read_text().splitlines()]
+    keys = ["model", "data", "batch", "steps", "optimizer", "use", "seed", "settings"]
+    results = ["val_loss", "test_loss", "train_losses", "cpu_seconds"]
+    assert {tuple(line) for line in lines} == {(*keys, *results)}
+    runs = [json.dumps([line[key] for key in keys]) for line in lines]
+    assert len(runs) == len(set(runs)) > 0
+    for line in lines:
+        assert (line["use"] == "fresh") == (line["seed"] > 0)
+        assert set(line["settings"]) == set(optimizers.OPTIMIZERS[line["optimizer"]].ranges)
+        assert (line["val_loss"] is None) == (line["test_loss"] is None)
 
 
 def loss_of(flags):
