@@ -18,8 +18,8 @@ COLORS = {
     "adamw": "#D55E00",
     "adamw_warmup": "#999999",
     "adamw2": "#0072B2",
-    "adamw2_warmup": "#0072B2",
-    "adamw2_cap": "#0072B2",
+    "adamw2_warmup": "#33BBEE",
+    "adamw2_cap": "#004488",
     "radam": "#CC79A7",
     "lion": "#E69F00",
     "lamb": "#009E73",
@@ -40,7 +40,7 @@ COLORS = {
     "lion_a": "#DDCC77",
     "lion_ar": "#CC6677",
 }
-COLORS |= {name: COLORS[alone] for name, alone in ALONE.items() if name != "adamw2"}
+COLORS |= {name: COLORS[alone] for name, alone in ALONE.items() if name not in COLORS}
 # Kinds of weights, in colors of Tol's that no optimizer has.
 KINDS = {
     "attention/query": ("$W_q$", "#AA3377"),
