@@ -96,7 +96,7 @@ def run(model: nano.Nano, steps: int) -> Iterator[Step]:
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(*config.betas),
+        optax.scale_by_adam(config.b1, config.b2),
         record(),
         bound,
         optax.scale_by_learning_rate(rate),

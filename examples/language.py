@@ -1,8 +1,8 @@
-"""A GPT on text: its flags, its data, and how it is trained."""
+"""A GPT or a Llama on text: its flags, its data, and how it is trained."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ from flax import nnx
 from grain.sharding import ShardByJaxProcess
 from jax.experimental import multihost_utils
 
-import models.gpt
 from examples import placement, program, training
 from examples.text_data import (
     Corpus,
@@ -21,20 +20,27 @@ from examples.text_data import (
     training_batches,
     validation_batches,
 )
+from models import gpt, llama
 from models.gpt import GPT
+from models.llama import Llama
 from weyl_optax.flax import dimension_numbers
+
+Model: TypeAlias = GPT | Llama
+SIZES: dict[str, gpt.Config | llama.Config] = {**gpt.CONFIGS, **llama.CONFIGS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(program.Config):
     """Model, data and optimizer of a GPT. The defaults are those of the preset `nano`."""
 
-    model: Literal["nano", "nano-wide", "gpt2-small", "gpt2-large"] = "nano"
-    """Size of the GPT, from models/gpt.py."""
+    model: Literal[
+        "nano", "nano-wide", "gpt2-small", "gpt2-large", "llama-nano", "llama-nano-qk-norm"
+    ] = "nano"
+    """Size of the GPT, from models/gpt.py, or of a Llama, from models/llama.py."""
     bias: bool = True
-    """Biases in the linear layers and the layer norms."""
+    """Biases in the linear layers and the layer norms. A Llama has none."""
     dropout: float = 0.0
-    """Dropout rate."""
+    """Dropout rate. A Llama has none."""
     data: Path | None = None
     """A text file, a folder of text, or a folder with nanoGPT's train.bin and val.bin or the
     token files of the GPT-2 speedruns. By default, Python's standard library."""
@@ -45,11 +51,13 @@ class Config(program.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        context = models.gpt.CONFIGS[self.model].context_length
+        context = SIZES[self.model].context_length
         if not 1 <= self.sequence_length <= context:
             raise ValueError(
                 f"--sequence-length {self.sequence_length}: {self.model} takes 1 to {context}."
             )
+        if isinstance(SIZES[self.model], llama.Config) and (self.dropout or self.watch):
+            raise ValueError(f"--dropout and --watch are of a GPT. {self.model} has neither.")
 
 
 _GPT2 = Config(
@@ -98,20 +106,19 @@ def check_length(config: Config, corpus: Corpus) -> None:
         Windows(tokens, config.sequence_length)
 
 
-def make_model(config: Config, corpus: Corpus) -> GPT:
-    """The GPT of a config, with the vocabulary of a corpus, from its seed."""
+def make_model(config: Config, corpus: Corpus) -> Model:
+    """The model of a config, with the vocabulary of a corpus, from its seed."""
     size = dataclasses.replace(
-        models.gpt.CONFIGS[config.model],
-        vocab_size=corpus.vocab_size,
-        use_bias=config.bias,
-        dropout=config.dropout,
-        dtype=config.dtype,
+        SIZES[config.model], vocab_size=corpus.vocab_size, dtype=config.dtype
     )
-    return GPT(size, rngs=nnx.Rngs(config.seed))
+    rngs = nnx.Rngs(config.seed)
+    if isinstance(size, llama.Config):
+        return Llama(size, rngs=rngs)
+    return GPT(dataclasses.replace(size, use_bias=config.bias, dropout=config.dropout), rngs=rngs)
 
 
 def make_task(config: Config, corpus: Corpus) -> training.Task:
-    """A GPT on its mesh, its batches and its loss."""
+    """A model on its mesh, its batches and its loss."""
     mesh = program.make_mesh(config)
     model = placement.place_model(make_model(config, corpus), mesh)
     return training.Task(
@@ -130,10 +137,10 @@ def make_task(config: Config, corpus: Corpus) -> training.Task:
     )
 
 
-def numbers_of(model: GPT) -> Any:
-    """How the leaves of a GPT are read as matrices."""
+def numbers_of(model: Model) -> Any:
+    """How the leaves of a model are read as matrices."""
     tokens = jax.ShapeDtypeStruct((1, model.config.context_length), jnp.int32)
-    return dimension_numbers(GPT.__call__, model, tokens)
+    return dimension_numbers(type(model).__call__, model, tokens)
 
 
 def held_out(config: Config, corpus: Corpus) -> list[np.ndarray]:
@@ -147,19 +154,19 @@ def held_out(config: Config, corpus: Corpus) -> list[np.ndarray]:
     )
 
 
-def next_token_loss(model: GPT, batch: jax.Array) -> jax.Array:
+def next_token_loss(model: Model, batch: jax.Array) -> jax.Array:
     """Cross entropy in nats per token. The batch, (B, T + 1), holds inputs and targets."""
     logits = model(batch[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
 
-def evaluate(model: GPT, batch: jax.Array) -> dict[str, jax.Array]:
+def evaluate(model: Model, batch: jax.Array) -> dict[str, jax.Array]:
     """The loss of a batch, and that it counts as one."""
     return {"loss": next_token_loss(model, batch), "count": jnp.ones([])}
 
 
-def generate(model: GPT, prompt: str, length: int, seed: int, temperature: float = 0.8) -> str:
-    """Text that a GPT over bytes writes after a prompt."""
+def generate(model: Model, prompt: str, length: int, seed: int, temperature: float = 0.8) -> str:
+    """Text that a model over bytes writes after a prompt."""
     graph, state = nnx.split(model)
     state = nnx.as_pure(state)
     context = model.config.context_length

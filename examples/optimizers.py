@@ -8,6 +8,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from examples import rivals
 from weyl_optax import adamw2, by_unit, scale_by_weyl_bound
 from weyl_optax.contrib import (
     gi_adamw,
@@ -25,6 +26,7 @@ Alone = Literal[
     "adamw",
     "adamw_warmup",
     "adamw2",
+    "adamw2_warmup",
     "adamw2_cap",
     "radam",
     "lion",
@@ -42,6 +44,8 @@ Alone = Literal[
     "muon",
     "muon_warmup",
     "muon_h",
+    "scion",
+    "normuon",
 ]
 Bounded = Literal[  # AdamW's is AdamW²
     "radam_bound",
@@ -74,10 +78,14 @@ class Settings:
     """Updates of linear warmup, for the runs that have it."""
     weight_decay: float = 0.1
     """Of kernels and embeddings; the others do not decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of Adam's moments."""
+    b1: float = 0.9
+    """Decay rate of the first moment; for Lion and Scion, of the momentum."""
+    b2: float = 0.95
+    """Decay rate of Adam's second moment; for Lion, of the momentum that is kept."""
     adam_share: float = 0.1
     """Times the learning rate, that of Adam for embeddings and vectors (Muon, AdamH, MuonH)."""
+    sign_share: float = 1.0
+    """Times the learning rate, the step of every entry of embeddings and head (Scion)."""
     cap_rank: int = 32
     """Singular values of an update that are lowered to the last of them (AdamW² with the cap)."""
     max_norm: float = 10.0
@@ -94,7 +102,7 @@ class Optimizer(NamedTuple):
     label: str
     make: Callable[[optax.Schedule, Settings, Any], optax.GradientTransformation]
     schedule: Callable[[Settings, int], optax.Schedule]
-    tuned: Mapping[str, tuple[Any, ...]]  # beside the peak rate, by a field of the settings
+    ranges: Mapping[str, tuple[float, float]]  # of what is tuned; the warmup's in shares of a run
 
 
 def make(
@@ -102,10 +110,17 @@ def make(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """An optimizer after clipping by the global norm, and its learning rate."""
     schedule = OPTIMIZERS[name].schedule(settings, steps)
-    optimizer = OPTIMIZERS[name].make(schedule, settings, weight_dimension_numbers)
+    return make_at(name, schedule, settings, weight_dimension_numbers), schedule
+
+
+def make_at(
+    name: str, rate: optax.Schedule, settings: Settings, weight_dimension_numbers: Any
+) -> optax.GradientTransformation:
+    """An optimizer after clipping by the global norm, at a learning rate of any schedule."""
+    optimizer = OPTIMIZERS[name].make(rate, settings, weight_dimension_numbers)
     if settings.clip:
         optimizer = optax.chain(optax.clip_by_global_norm(settings.clip), optimizer)
-    return optimizer, schedule
+    return optimizer
 
 
 def is_decayed(params: optax.Params) -> optax.Params:
@@ -151,18 +166,13 @@ def _warmup_cosine(s: Settings, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.warmup, steps)
 
 
-def _constant(s: Settings, steps: int) -> optax.Schedule:
+def _warmup_constant(s: Settings, steps: int) -> optax.Schedule:
     del steps
-    return optax.constant_schedule(s.learning_rate)
+    return optax.warmup_constant_schedule(0.0, s.learning_rate, s.warmup)
 
 
 def _adam(s: Settings) -> dict[str, Any]:
-    return {
-        "b1": s.betas[0],
-        "b2": s.betas[1],
-        "weight_decay": s.weight_decay,
-        "mask": is_decayed,
-    }
+    return {"b1": s.b1, "b2": s.b2, "weight_decay": s.weight_decay, "mask": is_decayed}
 
 
 def _adamw(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
@@ -189,7 +199,7 @@ def _adamw2_cap(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.Gradie
 def _radam(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
     del numbers
     return optax.chain(
-        optax.scale_by_radam(*s.betas),
+        optax.scale_by_radam(s.b1, s.b2),
         optax.add_decayed_weights(s.weight_decay, is_decayed),
         optax.scale_by_learning_rate(rate),
     )
@@ -197,12 +207,12 @@ def _radam(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTra
 
 def _lion(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
     del numbers
-    return optax.lion(rate, b1=s.betas[0], weight_decay=s.weight_decay, mask=is_decayed)
+    return optax.lion(rate, s.b1, s.b2, weight_decay=s.weight_decay, mask=is_decayed)
 
 
 def _lamb(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
     del numbers
-    return optax.lamb(rate, *s.betas, weight_decay=s.weight_decay, mask=is_decayed)
+    return optax.lamb(rate, s.b1, s.b2, weight_decay=s.weight_decay, mask=is_decayed)
 
 
 def _unit_clip(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
@@ -216,11 +226,11 @@ def _schedule_free(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.Gra
     """`optax.contrib.schedule_free_adamw`, but for the mask of the decay, which that has not."""
     del numbers
     adam = optax.chain(
-        optax.scale_by_rms(s.betas[1], bias_correction=True, eps_in_sqrt=False),
+        optax.scale_by_rms(s.b2, bias_correction=True, eps_in_sqrt=False),
         optax.add_decayed_weights(s.weight_decay, is_decayed),
         optax.scale_by_learning_rate(rate),
     )
-    return optax.contrib.schedule_free(adam, learning_rate=s.learning_rate, b1=s.betas[0])
+    return optax.contrib.schedule_free(adam, learning_rate=rate, b1=s.b1)
 
 
 def _muon(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
@@ -228,8 +238,8 @@ def _muon(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTran
         rate,
         weight_decay=s.weight_decay,
         weight_decay_mask=is_decayed,
-        adam_b1=s.betas[0],
-        adam_b2=s.betas[1],
+        adam_b1=s.b1,
+        adam_b2=s.b2,
         adam_weight_decay=s.weight_decay,
         adam_learning_rate=lambda count: s.adam_share * rate(count),
         muon_weight_dimension_numbers=_hidden_kernels(numbers),
@@ -243,13 +253,13 @@ def _gi_adamw(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.Gradient
 
 def _noise_share(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
     return scale_by_noise_share(
-        optax.adamw(rate, **_adam(s)), s.betas[0], weight_dimension_numbers=numbers
+        optax.adamw(rate, **_adam(s)), s.b1, weight_dimension_numbers=numbers
     )
 
 
 def _soft_clip(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
     return optax.chain(
-        optax.scale_by_adam(*s.betas),
+        optax.scale_by_adam(s.b1, s.b2),
         soft_spectral_clip(s.max_norm, _hidden_kernels(numbers)),
         optax.add_decayed_weights(s.weight_decay, is_decayed),
         optax.scale_by_learning_rate(rate),
@@ -288,48 +298,125 @@ def _lion_ar(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientT
     )
 
 
+def _scion(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return rivals.scion(
+        rate,
+        numbers,
+        is_hidden_kernel(numbers, _is_numbers),
+        b1=s.b1,
+        weight_decay=s.weight_decay,
+        mask=is_decayed,
+        sign_share=s.sign_share,
+    )
+
+
+def _normuon(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return rivals.normuon(
+        rate,
+        numbers,
+        is_hidden_kernel(numbers, _is_numbers),
+        optax.adamw(lambda count: s.adam_share * rate(count), **_adam(s)),
+        weight_decay=s.weight_decay,
+        mask=is_decayed,
+    )
+
+
 def _hidden_kernels(numbers: Any) -> Any:
     """The kernels, as Muon takes them, in a tree of dimension numbers; None for other leaves.
 
     Neither embeddings nor the classifier are hidden.
     """
-    is_leaf = lambda x: isinstance(x, MuonDimensionNumbers)  # noqa: E731
-    hidden = is_hidden_kernel(numbers, is_leaf)
-    return jax.tree.map(lambda x, kept: x if kept else None, numbers, hidden, is_leaf=is_leaf)
+    hidden = is_hidden_kernel(numbers, _is_numbers)
+    return jax.tree.map(lambda x, kept: x if kept else None, numbers, hidden, is_leaf=_is_numbers)
 
 
-_TAU = {"tau": (0.03, 0.1, 0.3)}
-_RANK = {"cap_rank": (16, 32, 64)}
-_CLIP = {"tau": (0.01, 0.03, 0.1)}
-_SHARE = {"adam_share": (0.1, 0.3, 1.0)}
-_MOMENTUM = {"betas": ((0.8, 0.95), (0.9, 0.95), (0.95, 0.95))}
-_SECOND_MOMENT = {"betas": ((0.9, 0.95), (0.9, 0.99), (0.9, 0.999))}
-_DECAY = {"weight_decay": (0.1, 1.0, 10.0)}
-_MAX_NORM = {"max_norm": (1.0, 3.0, 10.0, 30.0)}
-_MAX_LOGIT = {"max_logit": (10.0, 30.0, 100.0)}
-_WARMUP = {"warmup": (1 / 30, 1 / 10, 1 / 5, 2 / 5)}  # as a share of the steps
+def _is_numbers(x: Any) -> bool:
+    return isinstance(x, MuonDimensionNumbers)
+
+
+_TAU = {"tau": (0.02, 0.5)}
+_WARMUP = {"warmup": (0.02, 0.3)}
+_SHARE = {"adam_share": (0.03, 1.0)}
+_DECAY = {"weight_decay": (0.01, 1.0)}
+_ADAM = _DECAY | {"b2": (0.9, 0.999)}
+_MUON = _ADAM | _SHARE
+
+
+def _from(lowest: float, **others: tuple[float, float]) -> dict[str, tuple[float, float]]:
+    """The ranges of what is tuned; that of the peak rate has two decades."""
+    return {"learning_rate": (lowest, 100 * lowest)} | others
+
 
 OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw": Optimizer("AdamW, no warmup", _adamw, _cosine, {}),
-    "adamw_warmup": Optimizer("AdamW, warmup", _adamw, _warmup_cosine, _WARMUP),
-    "adamw2": Optimizer("AdamW², no warmup", _adamw2, _cosine, _TAU),
-    "adamw2_cap": Optimizer("AdamW² with the cap, no warmup", _adamw2_cap, _cosine, _TAU | _RANK),
-    "radam": Optimizer("RAdam, no warmup", _radam, _cosine, _MOMENTUM),
-    "lion": Optimizer("Lion, no warmup", _lion, _cosine, _MOMENTUM),
-    "lamb": Optimizer("LAMB, no warmup", _lamb, _cosine, _MOMENTUM),
-    "unit_clip": Optimizer("AdamW, units clipped, no warmup", _unit_clip, _cosine, _CLIP),
-    "schedule_free": Optimizer("AdamW, schedule-free", _schedule_free, _constant, _MOMENTUM),
-    "gi_adamw": Optimizer("GI-AdamW, no warmup", _gi_adamw, _cosine, _SECOND_MOMENT),
-    "noise_share": Optimizer("AdamW, noise share, no warmup", _noise_share, _cosine, _MOMENTUM),
-    "soft_clip": Optimizer("AdamW, soft clip, no warmup", _soft_clip, _cosine, _MAX_NORM),
-    "qk_clip": Optimizer("AdamW, QK-Clip, no warmup", _qk_clip, _cosine, _MAX_LOGIT),
-    "keep_norm": Optimizer("AdamW, norms kept, no warmup", _keep_norm, _cosine, {}),
-    "adam_h": Optimizer("AdamH, no warmup", _adam_h, _cosine, _SHARE),
-    "lion_a": Optimizer("LionA, no warmup", _lion_a, _cosine, _DECAY),
-    "lion_ar": Optimizer("LionAR, no warmup", _lion_ar, _cosine, _DECAY),
-    "muon": Optimizer("Muon, no warmup", _muon, _cosine, _SHARE),
-    "muon_warmup": Optimizer("Muon, warmup", _muon, _warmup_cosine, _SHARE | _WARMUP),
-    "muon_h": Optimizer("MuonH, no warmup", _muon_h, _cosine, _SHARE),
+    "adamw": Optimizer("AdamW, no warmup", _adamw, _cosine, _from(3e-4, **_ADAM)),
+    "adamw_warmup": Optimizer(
+        "AdamW, warmup", _adamw, _warmup_cosine, _from(3e-4, **_ADAM, **_WARMUP)
+    ),
+    "adamw2": Optimizer("AdamW², no warmup", _adamw2, _cosine, _from(1e-3, **_ADAM, **_TAU)),
+    "adamw2_warmup": Optimizer(
+        "AdamW², short warmup",
+        _adamw2,
+        _warmup_cosine,
+        _from(1e-3, **_ADAM, **_TAU, warmup=(0.01, 0.1)),
+    ),
+    "adamw2_cap": Optimizer(
+        "AdamW² with the cap, no warmup", _adamw2_cap, _cosine, _from(1e-3, **_ADAM, **_TAU)
+    ),
+    "radam": Optimizer("RAdam, no warmup", _radam, _cosine, _from(3e-4, **_ADAM)),
+    "lion": Optimizer(
+        "Lion, no warmup", _lion, _cosine, _from(3e-5, weight_decay=(0.1, 10.0), b2=(0.9, 0.999))
+    ),
+    "lamb": Optimizer("LAMB, no warmup", _lamb, _cosine, _from(1e-3, **_ADAM)),
+    "unit_clip": Optimizer(
+        "AdamW, units clipped, no warmup",
+        _unit_clip,
+        _cosine,
+        _from(1e-3, **_ADAM, tau=(0.003, 0.1)),
+    ),
+    "schedule_free": Optimizer(
+        "AdamW, schedule-free, warmup",
+        _schedule_free,
+        _warmup_constant,
+        _from(3e-4, **_ADAM, **_WARMUP),
+    ),
+    "gi_adamw": Optimizer("GI-AdamW, no warmup", _gi_adamw, _cosine, _from(3e-4, **_ADAM)),
+    "noise_share": Optimizer(
+        "AdamW, noise share, no warmup", _noise_share, _cosine, _from(3e-4, **_ADAM)
+    ),
+    "soft_clip": Optimizer(
+        "AdamW, soft clip, no warmup",
+        _soft_clip,
+        _cosine,
+        _from(3e-4, **_ADAM, max_norm=(1.0, 30.0)),
+    ),
+    "qk_clip": Optimizer(
+        "AdamW, QK-Clip, no warmup",
+        _qk_clip,
+        _cosine,
+        _from(3e-4, **_ADAM, max_logit=(10.0, 100.0)),
+    ),
+    "keep_norm": Optimizer(
+        "AdamW, norms kept, no warmup", _keep_norm, _cosine, _from(3e-4, **_ADAM)
+    ),
+    "adam_h": Optimizer("AdamH, no warmup", _adam_h, _cosine, _from(3e-3, **_MUON)),
+    "lion_a": Optimizer(
+        "LionA, no warmup", _lion_a, _cosine, _from(1e-3, weight_decay=(0.1, 10.0))
+    ),
+    "lion_ar": Optimizer(
+        "LionAR, no warmup", _lion_ar, _cosine, _from(1e-2, weight_decay=(0.1, 10.0))
+    ),
+    "muon": Optimizer("Muon, no warmup", _muon, _cosine, _from(3e-3, **_MUON)),
+    "muon_warmup": Optimizer(
+        "Muon, warmup", _muon, _warmup_cosine, _from(3e-3, **_MUON, **_WARMUP)
+    ),
+    "muon_h": Optimizer("MuonH, no warmup", _muon_h, _cosine, _from(3e-3, **_MUON)),
+    "scion": Optimizer(
+        "Scion, no warmup",
+        _scion,
+        _cosine,
+        _from(3e-3, **_DECAY, b1=(0.5, 0.95), sign_share=(0.1, 10.0)),
+    ),
+    "normuon": Optimizer("NorMuon, no warmup", _normuon, _cosine, _from(3e-3, **_MUON)),
 }
 assert set(OPTIMIZERS) == set(get_args(Alone))
 
@@ -346,10 +433,10 @@ def _bounded(name: str) -> Optimizer:
         return optax.chain(alone.make(rate, s, numbers), bound)
 
     label = alone.label.replace(", no warmup", "") + " with the bound, no warmup"
-    return Optimizer(label, make, alone.schedule, alone.tuned | _TAU)
+    return Optimizer(label, make, alone.schedule, dict(alone.ranges) | _TAU)
 
 
 ALONE = {name: name.removesuffix("_bound") for name in get_args(Bounded)}
 OPTIMIZERS |= {name: _bounded(alone) for name, alone in ALONE.items()}
-ALONE |= {"adamw2": "adamw", "adamw2_cap": "adamw"}
+ALONE |= dict.fromkeys(("adamw2", "adamw2_warmup", "adamw2_cap"), "adamw")
 LABELS = {name: optimizer.label for name, optimizer in OPTIMIZERS.items()}

@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from examples.optimizers import ALONE, LABELS
 
@@ -19,6 +18,8 @@ COLORS = {
     "adamw": "#D55E00",
     "adamw_warmup": "#999999",
     "adamw2": "#0072B2",
+    "adamw2_warmup": "#33BBEE",
+    "adamw2_cap": "#004488",
     "radam": "#CC79A7",
     "lion": "#E69F00",
     "lamb": "#009E73",
@@ -28,6 +29,8 @@ COLORS = {
     # And Tol's.
     "muon_warmup": "#8B4513",
     "muon_h": "#44AA99",
+    "scion": "#661100",
+    "normuon": "#6699CC",
     "gi_adamw": "#882255",
     "noise_share": "#999933",
     "soft_clip": "#117733",
@@ -37,7 +40,7 @@ COLORS = {
     "lion_a": "#DDCC77",
     "lion_ar": "#CC6677",
 }
-COLORS |= {name: COLORS[alone] for name, alone in ALONE.items() if name != "adamw2"}
+COLORS |= {name: COLORS[alone] for name, alone in ALONE.items() if name not in COLORS}
 # Kinds of weights, in colors of Tol's that no optimizer has.
 KINDS = {
     "attention/query": ("$W_q$", "#AA3377"),
@@ -170,29 +173,19 @@ def learning_rate_sweep(losses: Losses) -> Figure:
     return figure
 
 
-def with_and_without(losses: Losses) -> Figure:
-    """The same, a panel for each optimizer that was trained with and without the bound."""
-    pairs = [(alone, name) for name, alone in ALONE.items() if {name, alone} <= losses.keys()]
-    pairs.sort(key=lambda pair: list(LABELS).index(pair[0]))
-    columns = max(1, min(3, len(pairs)))
-    rows = max(1, -(-len(pairs) // columns))
-    figure = Figure(figsize=(3.2 * columns, 2.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for ax, pair in zip(axes.flat, pairs, strict=False):
-        _draw_losses(ax, {name: losses[name] for name in pair})
-        ax.set_title(LABELS[pair[0]].removesuffix(", no warmup"), fontsize="medium")
-        ax.tick_params(labelbottom=True)
-        style(ax)
-    _end_above_the_best(axes[0, 0], {name: losses[name] for pair in pairs for name in pair})
-    for ax in axes.flat[len(pairs) :]:
-        ax.remove()
-    figure.supxlabel("peak learning rate", fontsize="medium")
-    figure.supylabel("validation loss in nats per token", fontsize="medium")
-    if pairs:
-        handles = [
-            Line2D([], [], color=rcParams["text.color"], linestyle=line) for line in ("--", "-")
-        ]
-        axes[0, 0].legend(handles, ["alone", "with the bound"], frameon=False, fontsize="small")
+def by_steps_and_seconds(runs: dict[str, Lines], steps: int) -> Figure:
+    """Training loss over steps, and over CPU seconds: means over runs, each with its parts."""
+    figure, axes = _axes(2)
+    for name, lines in runs.items():
+        losses = np.mean([np.asarray(line["train_losses"], float) for line in lines], axis=0)
+        done = (np.arange(len(losses)) + 0.5) / len(losses)
+        seconds = np.median([line["cpu_seconds"] for line in lines])
+        for ax, total in zip(axes, (steps, seconds), strict=True):
+            ax.plot(total * done, losses, _line(name), color=COLORS[name], label=LABELS[name])
+    axes[0].set_ylabel("training loss in nats per token")
+    axes[1].set_xlabel("CPU seconds")
+    if runs:
+        axes[1].legend(frameon=False, fontsize="small")
     return figure
 
 

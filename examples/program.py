@@ -55,10 +55,10 @@ RANGES = {
     **dict.fromkeys(("batch", "accumulate", "epochs", "validation_batches", "seeds"), COUNT),
     **dict.fromkeys(("steps", "log_every", "validate_every", "save_every"), Range(1, 10**9)),
     **dict.fromkeys(("warmup", "watch"), Range(0, 10**9)),
-    **dict.fromkeys(("learning_rate", "tau", "weight_decay", "adam_share", "clip"), REAL),
-    **dict.fromkeys(("rand_augment", "mixup", "cutmix"), REAL),
+    **dict.fromkeys(("learning_rate", "tau", "weight_decay", "clip"), REAL),
+    **dict.fromkeys(("adam_share", "sign_share", "rand_augment", "mixup", "cutmix"), REAL),
     **dict.fromkeys(("max_norm", "max_logit"), POSITIVE),
-    **dict.fromkeys(("betas", "dropout", "stochastic_depth"), SHARE),
+    **dict.fromkeys(("b1", "b2", "dropout", "stochastic_depth"), SHARE),
     **dict.fromkeys(("random_erasing", "label_smoothing"), SHARE),
     "seed": Range(0, 2**32 - 1),
     "cap_rank": COUNT,
@@ -107,7 +107,7 @@ class Config(optimizers.Settings):
         """Raises ValueError where there is none, or where a warmup does not end before its run."""
         if not runs:
             raise ValueError("--runs: name at least one optimizer.")
-        have_it = any("warmup" in optimizers.OPTIMIZERS[name].tuned for name in runs)
+        have_it = any("warmup" in optimizers.OPTIMIZERS[name].ranges for name in runs)
         if have_it and self.warmup >= steps:
             raise ValueError(f"--warmup {self.warmup}: it must be below the {steps} steps.")
 

@@ -230,6 +230,12 @@ def _most_are_ids(values: np.ndarray) -> bool:
     return values.size > 0 and bool(np.mean(are_ids) > MOST)
 
 
+def split_test(corpus: Corpus) -> tuple[Corpus, np.ndarray]:
+    """A corpus whose validation is half of what was held out, and a test set: the other half."""
+    half = corpus.validation.size // 2
+    return corpus._replace(validation=corpus.validation[:half]), corpus.validation[half:]
+
+
 class Windows(grain.sources.RandomAccessDataSource):
     """The consecutive windows of `length` tokens of a corpus, each with the token after it."""
 

@@ -78,11 +78,8 @@ class Attention(nnx.Module):
         self.out = last(heads, width)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        q_BxTxNxH, k_BxTxNxH, v_BxTxNxH = (
-            self.query(x_BxTxD),
-            self.key(x_BxTxD),
-            self.value(x_BxTxD),
-        )
+        q_BxTxNxH, k_BxTxNxH = self.queries_and_keys(x_BxTxD)
+        v_BxTxNxH = self.value(x_BxTxD)
         fused = jax.default_backend() == "gpu" and q_BxTxNxH.dtype.itemsize == 2
         y_BxTxNxH = jax.nn.dot_product_attention(
             q_BxTxNxH,
@@ -93,9 +90,13 @@ class Attention(nnx.Module):
         )
         return self.out(y_BxTxNxH)
 
+    def queries_and_keys(self, x_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Those whose products are the logits."""
+        return self.query(x_BxTxD), self.key(x_BxTxD)
+
     def logits(self, x_BxTxD: jax.Array) -> jax.Array:
         """Float32 (B, N, T, T), which a call may never form; -inf where a query must not look."""
-        q_BxTxNxH, k_BxTxNxH = self.query(x_BxTxD), self.key(x_BxTxD)
+        q_BxTxNxH, k_BxTxNxH = self.queries_and_keys(x_BxTxD)
         T, H = q_BxTxNxH.shape[1], q_BxTxNxH.shape[-1]
         logits_BxNxTxT = jnp.einsum("btnh,bsnh->bnts", q_BxTxNxH, k_BxTxNxH) / H**0.5
         allowed_TxT = jnp.tril(jnp.ones((T, T), bool)) if self.is_causal else True

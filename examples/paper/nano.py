@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from flax import nnx
 
@@ -10,7 +10,15 @@ from examples import language, program, train_gpt, train_vit, training, vision
 from examples.image_data import Images, load_images
 from examples.text_data import Corpus, load_corpus
 
-Name: TypeAlias = Literal["gpt", "gpt-wide", "vit", "swin"]
+TextName: TypeAlias = Literal["gpt", "gpt-wide", "llama", "llama-qk-norm"]
+Name: TypeAlias = TextName | Literal["vit", "swin"]
+
+TEXT: dict[TextName, dict[str, Any]] = {  # 20 tokens a parameter are 800 steps of a Llama
+    "gpt": {"model": "nano"},
+    "gpt-wide": {"model": "nano-wide"},
+    "llama": {"model": "llama-nano", "batch": 16, "cap_rank": 12},
+    "llama-qk-norm": {"model": "llama-nano-qk-norm", "batch": 16, "cap_rank": 12},
+}
 
 
 class Nano(NamedTuple):
@@ -22,11 +30,14 @@ class Nano(NamedTuple):
     data: Corpus | Images
 
 
+def load_text(name: TextName) -> tuple[language.Config, Corpus]:
+    """A GPT, one of twice its width, or a Llama, on Python's standard library."""
+    return dataclasses.replace(language.PRESETS["nano"], **TEXT[name]), load_corpus(None)
+
+
 def load(name: Name) -> Nano:
-    """A GPT on Python's standard library, or one of twice its width; a ViT or Swin on digits."""
-    if name in ("gpt", "gpt-wide"):
-        size = name.replace("gpt", "nano")
-        config = dataclasses.replace(language.PRESETS["nano"], model=size)
-        return Nano(train_gpt.train, language.make_task, config, load_corpus(None))
+    """A model on Python's standard library; or a ViT or Swin, on digits."""
+    if name in TEXT:
+        return Nano(train_gpt.train, language.make_task, *load_text(name))
     config = dataclasses.replace(vision.PRESETS["nano"], model=f"{name}-nano")
     return Nano(train_vit.train, vision.make_task, config, load_images(None, num_channels=1))

@@ -26,6 +26,14 @@ def test_a_text_file_is_split_at_nine_tenths(tmp_path):
     assert corpus.validation.tobytes().decode() == text[90:]
 
 
+def test_of_what_is_held_out_half_can_be_a_test_set(tmp_path):
+    text = "".join(chr(97 + i % 26) for i in range(110))
+    (tmp_path / "text").write_text(text)
+    corpus, test = text_data.split_test(load_corpus(tmp_path / "text"))
+    parts = [part.tobytes().decode() for part in (corpus.train, corpus.validation, test)]
+    assert parts == [text[:99], text[99:104], text[104:]]
+
+
 def test_a_folder_is_read_in_order_without_what_is_no_text(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "z.txt").write_text("last")

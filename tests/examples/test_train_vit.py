@@ -144,7 +144,7 @@ def test_presets_are_the_recipes_of_the_papers():
         train_vit.parse(["--preset", f"vit-{n}"]) for n in ("base", "large", "giant")
     )
     for flags in (base, large, giant):
-        assert (flags.tau, flags.learning_rate, flags.betas) == (0.004, 1e-3, (0.9, 0.99))
+        assert (flags.tau, flags.learning_rate, flags.b2) == (0.004, 1e-3, 0.99)
         assert (flags.batch, flags.epochs, flags.clip) == (1024, 150, 0)
         assert (flags.rand_augment, flags.mixup, flags.cutmix) == ((9, 0.5), 0.8, 1.0)
         assert flags.label_smoothing == 0.1
@@ -153,7 +153,7 @@ def test_presets_are_the_recipes_of_the_papers():
     for name in ("swin-small", "swin-base", "flatten-small"):
         flags = train_vit.parse(["--preset", name])
         assert (flags.model, flags.tau, flags.epochs, flags.clip) == (name, 0.004, 300, 5)
-        assert (flags.betas, flags.weight_decay) == ((0.9, 0.999), 0.05)
+        assert (flags.b2, flags.weight_decay) == (0.999, 0.05)
     assert train_vit.parse(["--preset", "flatten-small", "--epochs", "150"]).epochs == 150
 
 

@@ -29,7 +29,7 @@ def recorded(corpus):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     params, rest = nnx.as_pure(params), nnx.as_pure(rest)
     rate = optax.cosine_decay_schedule(CONFIG.learning_rate, CONFIG.steps)
-    before = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(*CONFIG.betas))
+    before = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(CONFIG.b1, CONFIG.b2))
     bound = scale_by_weyl_bound(
         TAU,
         rate,

@@ -1,0 +1,64 @@
+"""A table of runs, a line each, that several programs can fill at once, and go on with."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+Line = dict[str, Any]
+
+
+class RunTable:
+    """The lines of a table that have something in common.
+
+    Args:
+        path: Of the table, a JSON object a line.
+        locks: A folder for the locks of runs that are being trained, in which they stay.
+        common: What the lines have in common.
+    """
+
+    def __init__(self, path: Path, locks: Path, common: Line):
+        self._path, self._locks, self._common = path, locks, common
+        path.parent.mkdir(parents=True, exist_ok=True)
+        locks.mkdir(parents=True, exist_ok=True)
+        self._lines = self._read()
+
+    def find(self, run: Line) -> Line | None:
+        """The line of a run, by what describes it."""
+        described = (self._common | run).items()
+        return next((line for line in self._lines if described <= line.items()), None)
+
+    def get(self, run: Line, train: Callable[[], Line]) -> Line:
+        """The line of a run: found, or with what `train` adds to it.
+
+        Where another process is training it, this waits for that.
+        """
+        if found := self.find(run):
+            return found
+        digest = hashlib.blake2b(json.dumps(self._common | run).encode(), digest_size=8)
+        with FileLock(self._locks / digest.hexdigest()):
+            self._lines = self._read()
+            return self.find(run) or self._add(run | train())
+
+    def _read(self) -> list[Line]:
+        """The lines that are whole, and have what is in common."""
+        text = self._path.read_text(errors="replace") if self._path.exists() else ""
+        lines = []
+        for part in filter(None, text.splitlines()):
+            try:
+                lines.append(json.loads(part))
+            except ValueError:
+                print(f"{self._path}: a damaged line is left out: {part[:40]}")
+        return [line for line in lines if self._common.items() <= line.items()]
+
+    def _add(self, line: Line) -> Line:
+        line = self._common | line
+        is_cut = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
+        with self._path.open("a") as file:
+            file.write("\n" * is_cut + json.dumps(line) + "\n")
+        self._lines.append(line)
+        print(*(value for value in line.values() if not isinstance(value, list)), flush=True)
+        return line

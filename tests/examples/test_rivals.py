@@ -1,0 +1,103 @@
+"""Scion and NorMuon against the formulas of their papers, in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+from examples import optimizers
+
+SHAPES = {"blocks": {"kernel": (2, 6, 4), "scale": (2, 4)}, "head": {"kernel": (4, 5)}}
+NUMBERS = {  # a stack of two kernels from 6 to 4, two vectors, a head
+    "blocks": {"kernel": MuonDimensionNumbers(1, 2), "scale": MuonDimensionNumbers((), 1)},
+    "head": {"kernel": MuonDimensionNumbers(0, 1)},
+}
+RATE, DECAY = 0.1, 0.3
+rng = np.random.default_rng(0)
+IS_SHAPE = {"is_leaf": lambda x: isinstance(x, tuple)}
+PARAMS = jax.tree.map(lambda shape: rng.normal(size=shape), SHAPES, **IS_SHAPE)
+GRADS = [jax.tree.map(lambda shape: rng.normal(size=shape), SHAPES, **IS_SHAPE) for _ in range(3)]
+
+
+def newton_schulz(m):
+    """Five of Muon's quintic steps."""
+    x = m / np.linalg.norm(m)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def trained(name):
+    """The params after three updates at a constant rate."""
+    settings = optimizers.Settings(weight_decay=DECAY, b1=0.8, sign_share=2.0, clip=0.0)
+    optimizer = optimizers.make_at(name, lambda _: RATE, settings, NUMBERS)
+    params = jax.tree.map(jnp.float32, PARAMS)
+    state = optimizer.init(params)
+    for grads in GRADS:
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def test_scion_is_that_of_its_paper():
+    """Algorithm 2 with its linear minimization oracles; its radius is 1 / DECAY."""
+    found = trained("scion")
+    for layer in range(2):
+        w, d = PARAMS["blocks"]["kernel"][layer], 0.0
+        v, e = PARAMS["blocks"]["scale"][layer], 0.0
+        for grads in GRADS:
+            d = 0.8 * d + 0.2 * grads["blocks"]["kernel"][layer]
+            w = (1 - RATE * DECAY) * w - RATE * np.sqrt(4 / 6) * newton_schulz(d)
+            e = 0.8 * e + 0.2 * grads["blocks"]["scale"][layer]
+            v = v - RATE * e / np.sqrt(np.mean(e**2))
+        np.testing.assert_allclose(found["blocks"]["kernel"][layer], w, atol=1e-5)
+        np.testing.assert_allclose(found["blocks"]["scale"][layer], v, atol=1e-5)
+    w, d = PARAMS["head"]["kernel"], 0.0
+    for grads in GRADS:
+        d = 0.8 * d + 0.2 * grads["head"]["kernel"]
+        w = (1 - RATE * DECAY) * w - RATE * 2.0 * np.sign(d)
+    np.testing.assert_allclose(found["head"]["kernel"], w, atol=1e-5)
+
+
+def test_normuon_is_that_of_its_paper():
+    """Algorithm 1, with Nesterov's momentum; its m rows are the units, our columns."""
+    found = trained("normuon")
+    for layer in range(2):
+        w, m, v = PARAMS["blocks"]["kernel"][layer], 0.0, np.zeros(4)
+        for t, grads in enumerate(GRADS, 1):
+            g = grads["blocks"]["kernel"][layer]
+            m = 0.95 * m + 0.05 * g
+            # Optax corrects for the bias of the average, as Nadam does.
+            ahead = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+            o = newton_schulz(ahead)
+            v = 0.95 * v + 0.05 * np.mean(o**2, axis=0)
+            o = o / np.sqrt(v)
+            w = w - RATE * DECAY * w - RATE * 0.2 * np.sqrt(o.size) / np.linalg.norm(o) * o
+        np.testing.assert_allclose(found["blocks"]["kernel"][layer], w, atol=1e-5)
+
+
+def test_what_normuon_is_not_for_has_adam():
+    adam = optax.adamw(0.1 * RATE, 0.8, 0.95, weight_decay=DECAY, mask=optimizers.is_decayed)
+    params = jax.tree.map(jnp.float32, PARAMS)
+    state = adam.init(params)
+    for grads in GRADS:
+        updates, state = adam.update(jax.tree.map(jnp.float32, grads), state, params)
+        params = optax.apply_updates(params, updates)
+    found = trained("normuon")
+    np.testing.assert_allclose(found["head"]["kernel"], params["head"]["kernel"], atol=1e-6)
+    np.testing.assert_allclose(found["blocks"]["scale"], params["blocks"]["scale"], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["scion", "normuon"])
+def test_rivals_start_at_once_and_take_no_gradient_for_none(name):
+    """Zero gradients at the start, and for good: weights decay, and nothing is NaN."""
+    settings = optimizers.Settings(weight_decay=DECAY)
+    optimizer = optimizers.make_at(name, lambda _: RATE, settings, NUMBERS)
+    params = jax.tree.map(jnp.float32, PARAMS)
+    updates, _ = optimizer.update(optax.tree.zeros_like(params), optimizer.init(params), params)
+    for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
+        assert np.all(np.isfinite(u))
+        assert np.all(np.abs(u) <= RATE * DECAY * np.abs(p) + 1e-6)
