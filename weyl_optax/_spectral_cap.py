@@ -51,11 +51,14 @@ def spectral_cap(
         A :class:`optax.GradientTransformation`. No singular value is lowered by more than a
         factor of 100: an update of lower rank than :math:`k` does not vanish. The singular vectors
         are estimates; what of a direction the block has not met yet stays. A matrix with NaN or
-        inf is left as it is. It has no derivative.
+        inf is left as it is. It has no derivative. A bound that follows finds the norm of what is
+        left less exactly, for many singular values are then alike: up to 1.3 times too small after
+        a change, 1.1 without a cap.
 
     Raises:
-        ValueError: If ``rank`` is below 1, or if ``weight_dimension_numbers`` does not fit the
-            updates.
+        ValueError: If ``rank`` is below 1, if ``weight_dimension_numbers`` does not fit the
+            updates, or if ``update`` is called with a state that was made for another rank or
+            another reading of the leaves.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -100,6 +103,8 @@ def spectral_cap(
         del params
         leaves = BoundedLeaves(updates, weight_dimension_numbers)
         steps, blocks = [jnp.asarray(u) for u in leaves.of(updates)], leaves.of(state.cap_block)
+        for path, spec, block in zip(leaves.paths, leaves.specs, blocks, strict=True):
+            _check_block(path, spec, block, rank_of(spec))
         capped = [i for i, block in enumerate(blocks) if block is not None]
         specs = [leaves.specs[i] for i in capped]
         found = iteration.search(
@@ -119,3 +124,17 @@ def spectral_cap(
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _check_block(path: str, spec: MatrixSpec, block: jax.Array | None, rank: int) -> None:
+    """Checks that the state was made for this rank, and for the leaf as it is read now."""
+    found = None if block is None else block.shape
+    wanted = iteration.block_shape(spec, rank) if rank else None
+    if found != wanted:
+        raise ValueError(
+            f"The cap of rank {rank} on the leaf {path!r} of shape {spec.shape} keeps a block of "
+            f"shape {wanted}, and the state has {found}: it was made for another rank or reading. "
+            "Make the cap's state anew, and keep the optimizer's: jax.tree.map(lambda new, old: "
+            "new if isinstance(new, SpectralCapState) else old, solver.init(params), state, "
+            "is_leaf=lambda x: isinstance(x, SpectralCapState))"
+        )
