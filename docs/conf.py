@@ -24,6 +24,7 @@ if os.environ.get("DOCS_INTERSPHINX"):
     }
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
 
 # The notebook is kept without its results: a build runs it, and an error in it ends the build.
 nb_execution_timeout = 600
@@ -36,6 +37,8 @@ napoleon_numpy_docstring = False
 
 html_theme = "sphinx_book_theme"
 html_title = "weyl-optax"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}

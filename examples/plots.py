@@ -135,26 +135,65 @@ def qk_sigma(runs: dict[str, Lines]) -> Figure:
 
 def learning_rates(lines: Lines) -> Figure:
     """The actual learning rate of every kind of weight in three blocks of an AdamW² run."""
-    steps, rate = curve(lines, "learning_rate")
+    figure, axes = _axes(3)
+    depth = next(iter(_scales(lines).values())).shape[1]
+    for ax, block in zip(axes, (0, depth // 2, depth - 1), strict=True):
+        _draw_rates(ax, lines, block)
+        ax.set_title(f"block {block}")
+    axes[0].set_ylabel("actual learning rate")
+    axes[-1].legend(frameon=False, ncols=2, loc="lower center")
+    return figure
+
+
+def _scales(lines: Lines) -> dict[str, np.ndarray]:
+    """The factor on the updates of each kind of weight, (step, block), through all stacks."""
     last = f"/{next(iter(KINDS))}/kernel/scale"
     stacks = [key.removesuffix(last) for key in lines[0] if key.endswith(last)]
-    scales = {  # by kind: (step, block), through all stacks
+    return {
         kind: np.concatenate(
             [curve(lines, f"{stack}/{kind}/kernel/scale")[1] for stack in stacks], axis=1
         )
         for kind in KINDS
     }
-    depth = next(iter(scales.values())).shape[1]
-    figure, axes = _axes(3)
-    for ax, block in zip(axes, (0, depth // 2, depth - 1), strict=True):
-        for kind, (label, color) in KINDS.items():
-            ax.plot(steps, rate * scales[kind][:, block], color=color, label=label)
-        ax.plot(steps, rate, "--", color=rcParams["text.color"], label="schedule")
-        ax.set_yscale("log")
-        ax.set_ylim(bottom=1e-4 * rate.max())
-        ax.set_title(f"block {block}")
-    axes[0].set_ylabel("actual learning rate")
-    axes[-1].legend(frameon=False, ncols=2, loc="lower center")
+
+
+def _draw_rates(ax: Axes, lines: Lines, block: int) -> None:
+    steps, rate = curve(lines, "learning_rate")
+    scales = _scales(lines)
+    for kind, (label, color) in KINDS.items():
+        ax.plot(steps, rate * scales[kind][:, block], color=color, label=label)
+    ax.plot(steps, rate, "--", color=rcParams["text.color"], label="schedule")
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=1e-4 * rate.max())
+
+
+def overview(pairs: dict[str, str], losses: dict[str, dict[float, float]], lines: Lines) -> Figure:
+    """Loss over peak rate of optimizers alone and with the bound, and where the bound acts."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
+    panels = left.subplots(2, 2, sharex=True, sharey=True)
+    for ax, pair in zip(panels.flat, pairs.items(), strict=True):
+        for name, label, marker in zip(
+            pair, ("alone", "with the bound"), ("o--", "o-"), strict=True
+        ):
+            color = COLORS["adamw2"] if name == pair[1] else "#777777"
+            ax.plot(
+                list(losses[name]), list(losses[name].values()), marker, color=color, label=label
+            )
+        style(ax)
+        ax.set_xscale("log")
+        ax.set_title(LABELS[pair[0]].removesuffix(", no warmup"))
+    panels[0, 0].set_ylim(2.0, 3.05)
+    panels[0, 0].legend(frameon=False)
+    left.supxlabel("peak learning rate, without warmup")
+    left.supylabel("validation loss, nats per byte")
+    ax = right.subplots()
+    style(ax)
+    _draw_rates(ax, lines, 0)
+    ax.set_title("The rates that the bound gives a block")
+    ax.set_xlabel("step")
+    ax.set_ylabel("actual learning rate")
+    ax.legend(frameon=False, ncols=2, loc="lower center")
     return figure
 
 

@@ -1,7 +1,10 @@
-"""Train a small Transformer on Python's source text, at full learning rate from the first step."""
+"""A small Transformer at a high rate: AdamW, AdamW with warmup, and AdamW² without."""
 
 import argparse
+import ast
+import functools
 import inspect
+import typing
 
 import jax
 import numpy as np
@@ -11,21 +14,38 @@ from flax import nnx
 from weyl_optax import adamw2
 from weyl_optax.flax import dimension_numbers
 
-TEXT = np.frombuffer(inspect.getsource(argparse).encode(), np.uint8).astype(np.int32)
+WIDTH, LENGTH, STEPS, RATE = 64, 64, 400, 0.03
+SOURCES = "".join(inspect.getsource(module) for module in (argparse, ast, inspect, typing))
+TEXT = np.frombuffer(SOURCES.encode(), np.uint8).astype(np.int32)
+
+init = nnx.initializers.normal(0.02)
+Linear = functools.partial(nnx.Linear, kernel_init=init)
+Embed = functools.partial(nnx.Embed, embedding_init=init)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm_1, self.norm_2 = (nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2))
+        self.attention = nnx.MultiHeadAttention(4, WIDTH, kernel_init=init, decode=False, rngs=rngs)
+        self.up = Linear(WIDTH, 4 * WIDTH, rngs=rngs)
+        self.down = Linear(4 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x += self.attention(self.norm_1(x), mask=nnx.make_causal_mask(x[..., 0]))
+        return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
 
 
 class Transformer(nnx.Module):
-    def __init__(self, width: int, rngs: nnx.Rngs):
-        self.token, self.position = (nnx.Embed(n, width, rngs=rngs) for n in (256, 64))
-        self.norm_1, self.norm_2 = (nnx.LayerNorm(width, rngs=rngs) for _ in range(2))
-        self.attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
-        self.up, self.down = (nnx.Linear(width, width, rngs=rngs) for _ in range(2))
-        self.head = nnx.Linear(width, 256, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs):
+        self.token, self.position = (Embed(n, WIDTH, rngs=rngs) for n in (256, LENGTH))
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.head = Linear(WIDTH, 256, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.token(tokens) + self.position(np.arange(64))
-        x += self.attention(self.norm_1(x), mask=nnx.make_causal_mask(tokens))
-        return self.head(x + self.down(nnx.gelu(self.up(self.norm_2(x)))))
+        x = self.token(tokens) + self.position(np.arange(LENGTH))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
 
 
 def loss_fn(model: Transformer, tokens: jax.Array) -> jax.Array:
@@ -34,19 +54,31 @@ def loss_fn(model: Transformer, tokens: jax.Array) -> jax.Array:
 
 
 @nnx.jit
-def train(model: Transformer, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
+def step(model: Transformer, optimizer: nnx.Optimizer, tokens: jax.Array) -> jax.Array:
     loss, grads = nnx.value_and_grad(loss_fn)(model, tokens)
     optimizer.update(model, grads)
     return loss
 
 
-model = Transformer(width=128, rngs=nnx.Rngs(0))
-schedule = optax.cosine_decay_schedule(1e-2, 200)  # no warmup
-numbers = dimension_numbers(loss_fn, model, TEXT[None, :65])  # traces the loss
-solver = adamw2(schedule, b2=0.95, weight_dimension_numbers=numbers)
-optimizer = nnx.Optimizer(model, solver, wrt=nnx.Param)
-for step in range(200):
-    starts = np.random.default_rng(step).integers(TEXT.size - 64, size=(16, 1))
-    loss = train(model, optimizer, TEXT[starts + np.arange(65)])
-    if step % 20 == 0 or step == 199:
-        print(f"step {step:3}  loss {loss:.3f}")
+def train(solver: optax.GradientTransformation) -> float:
+    """The mean loss of the last twenty steps."""
+    model = Transformer(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, solver, wrt=nnx.Param)
+    losses = []
+    for i in range(STEPS):
+        starts = np.random.default_rng(i).integers(TEXT.size - LENGTH, size=(16, 1))
+        losses.append(step(model, optimizer, TEXT[starts + np.arange(LENGTH + 1)]))
+    return float(np.mean(losses[-20:]))
+
+
+no_warmup = optax.cosine_decay_schedule(RATE, STEPS)
+warmup = optax.warmup_cosine_decay_schedule(0.0, RATE, STEPS // 5, STEPS)
+numbers = dimension_numbers(loss_fn, Transformer(nnx.Rngs(0)), TEXT[None, : LENGTH + 1])
+for name, solver in {
+    "AdamW": optax.adamw(no_warmup, b2=0.95, weight_decay=0.1),
+    "AdamW with warmup": optax.adamw(warmup, b2=0.95, weight_decay=0.1),
+    "AdamW² with the cap": adamw2(
+        no_warmup, b2=0.95, weight_decay=0.1, cap_rank=16, weight_dimension_numbers=numbers
+    ),
+}.items():
+    print(f"{name:19}  loss {train(solver):.3f}")

@@ -1,0 +1,71 @@
+"""The picture on top of the README: what the bound does to four optimizers, and where it acts."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import tyro
+
+from examples import plots, program, recorder
+
+PAIRS = {"adamw": "adamw2", "radam": "radam_bound", "lion": "lion_bound", "muon": "muon_bound"}
+Curves = dict[str, dict[float, float]]  # by optimizer, loss over peak rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Draw the picture, from the earlier comparison and a run of `examples.train_gpt`."""
+
+    table: Path = Path("examples/paper/results/compare.jsonl")
+    """The runs of the earlier comparison."""
+    run: Path = Path("runs/train_gpt")
+    """The folder of `python -m examples.train_gpt`."""
+    out: Path = Path("examples/pictures/overview.png")
+    """The picture."""
+
+
+def losses_by_rate(table: Path) -> Curves:
+    """The validation loss of a GPT after 200 steps over the peak rate, on the first seed.
+
+    All other settings are those of the best run.
+    """
+    lines = [json.loads(line) for line in table.read_text().splitlines()]
+    of_all = {"model": "gpt", "data": None, "steps": 200, "seed": 0}
+    curves: Curves = {}
+    for name in (name for pair in PAIRS.items() for name in pair):
+        runs = [x for x in lines if (of_all | {"optimizer": name}).items() <= x.items()]
+        best = min(runs, key=lambda x: x["val_loss"] or math.inf)["settings"]
+        rates = {
+            x["settings"]["learning_rate"]: x["val_loss"] or math.inf
+            for x in runs
+            if x["settings"] | {"learning_rate": 0} == best | {"learning_rate": 0}
+        }
+        curves[name] = dict(sorted(rates.items()))
+    return curves
+
+
+def prepare(flags: Flags) -> Curves:
+    """Reads the table.
+
+    Raises:
+        ValueError: If there is no table, or no run.
+    """
+    if not flags.table.is_file():
+        raise ValueError(f"--table {flags.table} is no file.")
+    if not (flags.run / "metrics.jsonl").is_file():
+        raise ValueError(
+            f"--run {flags.run} has no run of AdamW². Make one: python -m examples.train_gpt "
+            f"--runs adamw2 --out {flags.run}"
+        )
+    return losses_by_rate(flags.table)
+
+
+def main(flags: Flags, curves: Curves) -> None:
+    """Draws the picture."""
+    lines = recorder.read_metrics(flags.run, "adamw2")
+    print(plots.save(plots.overview(PAIRS, curves, lines), flags.out))
+
+
+if __name__ == "__main__":
+    program.run(lambda: tyro.cli(Flags), prepare, main)
