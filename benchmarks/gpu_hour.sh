@@ -64,7 +64,7 @@ update_cost() {  # the name of the part, a tree
     --seconds "${dry:+0.}10" --out "$out/$1/table.json"
 }
 
-train() {  # the name of the part, the learning rate, the optimizers
+train() {  # the name of the part, the learning rate, the optimizers; the model, if $model names one
   local name=$1 rate=$2 resume=
   shift 2
   local size=(--preset gpt2-small --steps 300 --batch 64 --accumulate 8 --warmup 30
@@ -73,6 +73,7 @@ train() {  # the name of the part, the learning rate, the optimizers
     set -- "$1"  # one optimizer is enough
     size=(--preset nano --dtype bfloat16 --steps 2 --batch 2 --sequence-length 16 --warmup 1)
   fi
+  [ -z "${model:-}" ] || size+=(--model "$model")
   [ ! -e "$out/$name/run/config.json" ] || resume=--resume
   part "$name" examples.train_gpt "${size[@]}" --growth linear --tau 0.1 --adam-share 0.03 \
     --validation-batches 8 --data "$out/tokens" --out "$out/$name/run" \
@@ -91,8 +92,12 @@ fi
 part tokens benchmarks.python_tokens --out "$out/tokens" ${dry:+--megabytes 1}
 # At the rate of the paper, at one that is usual for Muon, and at ten times that of the paper.
 train 4_train_paper_rate 6e-4 adamw adamw_warmup adamw2 adamw2_cap
-train 5_train_muon 0.02 muon muon_bound
+[ -n "$dry" ] || train 5_train_muon 0.02 muon muon_bound
 [ -n "$dry" ] || train 6_train_ten_times 6e-3 adamw adamw_warmup adamw2
-# The same with QK-norm: as soon as examples.train_gpt has a model of that size with it.
+# A Llama of that size, at ten times the rate of the paper, with QK-norm off and on.
+llama=llama-small
+[ -z "$dry" ] || llama=llama-nano
+[ -n "$dry" ] || model=$llama train 7_llama 6e-3 adamw adamw_warmup adamw2_cap
+model=$llama-qk-norm train 8_llama_qk_norm 6e-3 adamw adamw_warmup adamw2_cap
 
 cat "$out/page.md"

@@ -34,8 +34,9 @@ class Config(program.Config):
     """Model, data and optimizer of a GPT. The defaults are those of the preset `nano`."""
 
     model: Literal[
-        "nano", "nano-wide", "gpt2-small", "gpt2-large", "llama-nano", "llama-nano-qk-norm"
-    ] = "nano"
+        "nano", "nano-wide", "gpt2-small", "gpt2-large",
+        "llama-nano", "llama-nano-qk-norm", "llama-small", "llama-small-qk-norm",
+    ] = "nano"  # fmt: skip
     """Size of the GPT, from models/gpt.py, or of a Llama, from models/llama.py."""
     bias: bool = True
     """Biases in the linear layers and the layer norms. A Llama has none."""

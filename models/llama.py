@@ -44,9 +44,22 @@ _NANO = Config(
     remat=True,
 )
 
+# Of the width and depth of GPT-2 small.
+_SMALL = Config(
+    vocab_size=50304,
+    context_length=1024,
+    num_layers=12,
+    num_heads=12,
+    width=768,
+    inner_width=2048,
+    remat=True,
+)
+
 CONFIGS = {
     "llama-nano": _NANO,
     "llama-nano-qk-norm": dataclasses.replace(_NANO, qk_norm=True),
+    "llama-small": _SMALL,
+    "llama-small-qk-norm": dataclasses.replace(_SMALL, qk_norm=True),
 }
 
 
