@@ -28,7 +28,7 @@ def run(out, *flags, **env):
 def test_every_part_leaves_its_figures_and_is_not_run_again(tmp_path):
     first = run(tmp_path, "--dry")
     assert first.returncode == 0, first.stderr
-    parts = ["1_update", "3_step", "4_train_paper_rate", "5_train_muon"]
+    parts = ["1_update", "3_step", "4_train_paper_rate", "8_llama_qk_norm"]
     assert sorted(p.parent.name for p in tmp_path.glob("*/done")) == [*parts, "tokens"]
     page = (tmp_path / "page.md").read_text()
     assert page in first.stdout
