@@ -21,7 +21,7 @@ if [ -z "$dry" ] && ! nvidia-smi -L >/dev/null 2>&1; then
 fi
 out=${OUT:-runs/gpu_hour${dry:+_dry}}
 python=${PYTHON:-.venv/bin/python}
-if [ ! -x "$python" ]; then
+if ! command -v "$python" >/dev/null; then
   python3 -m venv .venv
   .venv/bin/pip install --quiet -e '.[examples]' 'jax[cuda12]'
 fi

@@ -208,7 +208,7 @@ def learning_rate_sweep(losses: Losses) -> Figure:
     _end_above_the_best(ax, losses)
     _label_ends(ax, losses)
     ax.set_xlabel("peak learning rate")
-    ax.set_ylabel("validation loss in nats per token")
+    ax.set_ylabel("validation loss in nats per byte")
     return figure
 
 
@@ -221,7 +221,7 @@ def by_steps_and_seconds(runs: dict[str, Lines], steps: int) -> Figure:
         seconds = np.median([line["cpu_seconds"] for line in lines])
         for ax, total in zip(axes, (steps, seconds), strict=True):
             ax.plot(total * done, losses, _line(name), color=COLORS[name], label=LABELS[name])
-    axes[0].set_ylabel("training loss in nats per token")
+    axes[0].set_ylabel("training loss in nats per byte")
     axes[1].set_xlabel("CPU seconds")
     if runs:
         axes[1].legend(frameon=False, fontsize="small")

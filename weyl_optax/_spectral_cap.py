@@ -52,8 +52,8 @@ def spectral_cap(
         factor of 100: an update of lower rank than :math:`k` does not vanish. The singular vectors
         are estimates; what of a direction the block has not met yet stays. A matrix with NaN or
         inf is left as it is. It has no derivative. A bound that follows finds the norm of what is
-        left less exactly, for many singular values are then alike: up to 1.3 times too small after
-        a change, 1.1 without a cap.
+        left less exactly, for many singular values are then alike: from the third step after a
+        change on up to 1.3 times too small, 1.1 without a cap.
 
     Raises:
         ValueError: If ``rank`` is below 1, if ``weight_dimension_numbers`` does not fit the

@@ -45,7 +45,7 @@ class Flags:
     """The optimizers."""
     trials: int = 8
     """Trials of every optimizer in a round."""
-    rounds: int = 2
+    rounds: int = 1
     """Rounds of trials. After each, a range is widened where the best trial lies at its edge."""
     seeds: int = 5
     """Fresh seeds for the best settings."""
@@ -93,7 +93,7 @@ def main(flags: Flags, text: Text) -> None:
         for factor, name in itertools.product(RATES, flags.runs):
             runs.get(name, "rate", TUNING_SEED, at_rate(found[name].best, factor))
     tuned = {name: gather(runs, name, found[name], flags) for name in flags.runs}
-    tuned = {name: t for name, t in tuned.items() if t.trials}
+    tuned = {name: t for name, t in tuned.items() if t.fresh}
     print(comparison_tables.report(tuned, flags.steps))
     losses = {
         name: {at["settings"]["learning_rate"]: [at["val_loss"] or math.inf] for _, at in t.rates}

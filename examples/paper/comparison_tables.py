@@ -76,6 +76,7 @@ def differences(tuned: Mapping[str, Tuned]) -> list[Row]:
 def sensitivity(tuned: Mapping[str, Tuned]) -> list[Row]:
     """The share of close trials, the loss at other rates, and the CPU seconds of a run."""
     factors = sorted({factor for t in tuned.values() for factor, _ in t.rates})
+    factors = factors if len(factors) > 1 else []
     head = ("validation loss", "close trials", *(f"rate x {f:g}" for f in factors), "CPU seconds")
     rows: list[Row] = [head]
     for name, t in tuned.items():

@@ -77,7 +77,7 @@ def main(flags: Flags, settings: dict[str, Settings]) -> None:
         "ten times the rate": disturbed.ten_times_the_rate,
         "then another text": disturbed.another_text,
     }
-    table = RunTable(flags.table, flags.out / ".locks", {"steps": flags.steps})
+    table = RunTable(flags.table, flags.out / ".locks", disturbed.described())
     losses: dict[tuple[str, str], list[float]] = {}
     for seed, case, name in itertools.product(range(1, flags.seeds + 1), cases, flags.runs):
         run = {"optimizer": name, "case": case, "seed": seed, "settings": settings[name]}
@@ -98,9 +98,20 @@ class Disturbed:
         config, corpus = nano.load_text("llama")
         self._half = steps // 2
         self._corpus, self._test = split_test(corpus)
-        self._trainer = Trainer(dataclasses.replace(config, steps=steps), self._corpus)
+        self._config = dataclasses.replace(config, steps=steps)
+        self._trainer = Trainer(self._config, self._corpus)
         self._other, self._other_test = split_test(load_corpus(Path(np.get_include())))
         self._later = Trainer(dataclasses.replace(config, steps=self._half), self._other)
+
+    def described(self) -> Line:
+        """What all runs have in common."""
+        return {
+            "model": "llama",
+            "data": f"python {self._corpus.fingerprint}",
+            "other": f"numpy {self._other.fingerprint}",
+            "batch": self._config.batch,
+            "steps": self._config.steps,
+        }
 
     def undisturbed(self, name: str, settings: Settings, seed: int) -> Line:
         """A plain run."""
