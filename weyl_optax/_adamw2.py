@@ -86,18 +86,18 @@ def adamw2(
         >>> from weyl_optax import adamw2
         >>> def f(params): return jnp.sum((params["w"] - 1) ** 2)
         >>> solver = adamw2(learning_rate=0.1, tau=0.5)
-        >>> params = {"w": 0.02 * jnp.eye(4)}
+        >>> params = {"w": 0.08 * jnp.eye(4)}
         >>> opt_state = solver.init(params)
         >>> for _ in range(5):
         ...     grads = jax.grad(f)(params)
         ...     updates, opt_state = solver.update(grads, opt_state, params)
         ...     params = {"w": params["w"] + updates["w"]}
         ...     print(f"{f(params):.2f} {jnp.linalg.norm(params['w'], 2):.4f}")
-        15.76 0.0300
-        15.68 0.0400
-        15.60 0.0500
-        15.52 0.0600
-        15.45 0.0700
+        15.07 0.1200
+        14.76 0.1600
+        14.46 0.2000
+        14.16 0.2400
+        13.86 0.2800
 
     References:
         Qi et al, `Taming Transformer Without Using Learning Rate Warmup
