@@ -136,9 +136,10 @@ def qk_sigma(runs: dict[str, Lines]) -> Figure:
 def learning_rates(lines: Lines) -> Figure:
     """The actual learning rate of every kind of weight in three blocks of an AdamW² run."""
     figure, axes = _axes(3)
-    depth = next(iter(_scales(lines).values())).shape[1]
+    scales = _scales(lines)
+    depth = next(iter(scales.values())).shape[1]
     for ax, block in zip(axes, (0, depth // 2, depth - 1), strict=True):
-        _draw_rates(ax, lines, block)
+        _draw_rates(ax, lines, scales, block)
         ax.set_title(f"block {block}")
     axes[0].set_ylabel("actual learning rate")
     axes[-1].legend(frameon=False, ncols=2, loc="lower center")
@@ -157,9 +158,9 @@ def _scales(lines: Lines) -> dict[str, np.ndarray]:
     }
 
 
-def _draw_rates(ax: Axes, lines: Lines, block: int) -> None:
+def _draw_rates(ax: Axes, lines: Lines, scales: dict[str, np.ndarray], block: int) -> None:
+    """The actual learning rates in a block, below the schedule."""
     steps, rate = curve(lines, "learning_rate")
-    scales = _scales(lines)
     for kind, (label, color) in KINDS.items():
         ax.plot(steps, rate * scales[kind][:, block], color=color, label=label)
     ax.plot(steps, rate, "--", color=rcParams["text.color"], label="schedule")
@@ -189,7 +190,7 @@ def overview(pairs: dict[str, str], losses: dict[str, dict[float, float]], lines
     left.supylabel("validation loss, nats per byte")
     ax = right.subplots()
     style(ax)
-    _draw_rates(ax, lines, 0)
+    _draw_rates(ax, lines, _scales(lines), 0)
     ax.set_title("The rates that the bound gives a block")
     ax.set_xlabel("step")
     ax.set_ylabel("actual learning rate")

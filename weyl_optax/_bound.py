@@ -251,10 +251,17 @@ def _check_reading(leaves: BoundedLeaves, state: WeylBoundState) -> None:
             raise ValueError(
                 f"The leaf {path!r} of shape {spec.shape} is read as matrices {spec.matrix_shape} "
                 f"in a batch of shape {spec.batch_shape}, and the state was made for another "
-                f"reading: {was}. Make the bound's state anew, and keep the optimizer's: "
-                "jax.tree.map(lambda new, old: new if isinstance(new, WeylBoundState) else old, "
-                "solver.init(params), state, is_leaf=lambda x: isinstance(x, WeylBoundState))"
+                f"reading: {was}. {how_to_make_anew('the bound', WeylBoundState)}"
             )
+
+
+def how_to_make_anew(transform: str, state: type) -> str:
+    """What to write where the state of one transform fits no longer, for the end of an error."""
+    return (
+        f"Make {transform}'s state anew, and keep the optimizer's: jax.tree.map(lambda new, old: "
+        f"new if isinstance(new, {state.__name__}) else old, solver.init(params), state, "
+        f"is_leaf=lambda x: isinstance(x, {state.__name__}))"
+    )
 
 
 def _reference(

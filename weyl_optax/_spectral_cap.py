@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._bound import is_placeholder
+from weyl_optax._bound import how_to_make_anew, is_placeholder
 from weyl_optax._norms import orthogonal_iteration as iteration
 from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
 
@@ -134,7 +134,5 @@ def _check_block(path: str, spec: MatrixSpec, block: jax.Array | None, rank: int
         raise ValueError(
             f"The cap of rank {rank} on the leaf {path!r} of shape {spec.shape} keeps a block of "
             f"shape {wanted}, and the state has {found}: it was made for another rank or reading. "
-            "Make the cap's state anew, and keep the optimizer's: jax.tree.map(lambda new, old: "
-            "new if isinstance(new, SpectralCapState) else old, solver.init(params), state, "
-            "is_leaf=lambda x: isinstance(x, SpectralCapState))"
+            f"{how_to_make_anew('the cap', SpectralCapState)}"
         )
