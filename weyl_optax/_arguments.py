@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
@@ -31,6 +30,6 @@ def check_in(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def value_at(argument: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    """The value at a step."""
-    return argument(count) if callable(argument) else argument
+def as_schedule(argument: optax.ScalarOrSchedule) -> optax.Schedule:
+    """A schedule as it is, and a number or an array as a constant one."""
+    return argument if callable(argument) else optax.constant_schedule(argument)  # type: ignore

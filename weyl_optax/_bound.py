@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._arguments import check_at_least, check_in, value_at
+from weyl_optax._arguments import as_schedule, check_at_least, check_in
 from weyl_optax._norms import orthogonal_iteration as iteration
 from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
 from weyl_optax._reading.tabulate import warn_of_reading_by_rank
@@ -163,6 +163,7 @@ def scale_by_weyl_bound(
     check_at_least("max_std", max_std, 0)
     check_at_least("num_iters", num_iters, 1)
     check_in("growth", growth, get_args(Growth))
+    tau_at, rate_at, decay_at = map(as_schedule, (tau, learning_rate, weight_decay))
 
     def init_fn(params: optax.Params) -> WeylBoundState:
         if is_placeholder(params):
@@ -210,11 +211,11 @@ def scale_by_weyl_bound(
         )
         of_weights, of_updates = found[: len(weights)], found[len(weights) :]
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
-            strength: Any = value_at(weight_decay, state.bound_count)
+            strength: Any = decay_at(state.bound_count)
             decay = optax.add_decayed_weights(strength, weight_decay_mask)
             decayed, _ = decay.update(leaves.put(wide, updates), decay.init(params), params)
             wide = leaves.of(decayed)
-        max_growth, rate = (value_at(x, state.bound_count) for x in (tau, learning_rate))
+        max_growth, rate = tau_at(state.bound_count), rate_at(state.bound_count)
         bounded, scales = [], []
         for spec, w, u, step, taken in zip(
             leaves.specs, of_weights, of_updates, steps, wide, strict=True
@@ -272,12 +273,12 @@ def _reference(
     max_std: jax.typing.ArrayLike,
 ) -> jax.Array:
     """The norm for which a weight counts: tau times that is the largest norm of its step."""
-    gaussian = sum(math.sqrt(size) for size in spec.matrix_shape)  # its norm, with deviation 1
-    least, most = (jnp.asarray(std, now.dtype) * gaussian for std in (min_std, max_std))
+    m, n = spec.matrix_shape
+    gaussian = math.sqrt(m) + math.sqrt(n)  # its norm, with deviation 1
     if growth == "linear":
-        ones = math.sqrt(spec.matrix_shape[1])  # their norm
-        now = jnp.minimum(now, most if spec.reduction else ones)
-    return jnp.maximum(now, least)
+        most = jnp.asarray(max_std, now.dtype) * gaussian
+        now = jnp.minimum(now, most if spec.reduction else math.sqrt(n))  # that of ones
+    return jnp.maximum(now, jnp.asarray(min_std, now.dtype) * gaussian)
 
 
 def _scale(
@@ -287,9 +288,8 @@ def _scale(
     rate: jax.typing.ArrayLike,
 ) -> jax.Array:
     """min(1, tau reference / (rate sigma_1(U)))."""
-    tau, rate = (jnp.asarray(x, reference.dtype) for x in (tau, rate))
-    allowed = tau * reference
-    wanted = rate * sigma_update
+    allowed = jnp.asarray(tau, reference.dtype) * reference
+    wanted = jnp.asarray(rate, reference.dtype) * sigma_update
     # NaN is not <= anything. A matrix of which something is not finite takes no step, and what is
     # not finite stays so.
     is_bounded = ~(wanted <= allowed)

@@ -89,7 +89,7 @@ def block_shape(spec: MatrixSpec, rank: int = 0) -> tuple[int, ...] | None:
         return None
     labels = Labels.of(spec)
     sizes = dict(zip(labels.leaf, spec.shape, strict=True), y=min(BLOCK_SIZE + rank, n))
-    return tuple(sizes[label] for label in labels.block)
+    return tuple(map(sizes.__getitem__, labels.block))
 
 
 def search(
@@ -157,18 +157,16 @@ class Labels(NamedTuple):
 
     @classmethod
     def of(cls, spec: MatrixSpec) -> "Labels":
-        batch, reduction, output = (
-            "".join(string.ascii_lowercase[axis] for axis in axes)
-            for axes in (spec.batch, spec.reduction, spec.output)
-        )
-        rows, columns = f"{batch}y{output}", f"{batch}{reduction}y"
+        leaf = string.ascii_lowercase[: len(spec.shape)]
+        batch = "".join(map(leaf.__getitem__, spec.batch))
+        rows = "".join([batch, "y", *map(leaf.__getitem__, spec.output)])
+        columns = "".join([batch, *map(leaf.__getitem__, spec.reduction), "y"])
         m, n = spec.matrix_shape
-        sides = (rows, columns) if n <= m else (columns, rows)
-        return cls(string.ascii_lowercase[: len(spec.shape)], batch, *sides)
+        return cls(leaf, batch, *((rows, columns) if n <= m else (columns, rows)))
 
     def axes(self, labels: str) -> list[int | None]:
         """The axis of the leaf for each label, None for one that the leaf has not."""
-        return [self.leaf.index(label) if label in self.leaf else None for label in labels]
+        return list(map(dict(zip(self.leaf, range(len(self.leaf)), strict=True)).get, labels))
 
     def vector_axes(self, labels: str) -> list[int]:
         """Where the axes of a vector are, in a block or in its image."""
@@ -195,10 +193,7 @@ def _signs(a: Any, labels: Labels, shape: Sequence[int], seed: jax.typing.ArrayL
 
 def _replaced(x: jax.Array, axis: int, place: int, vector: jax.Array) -> jax.Array:
     """X with another vector in a place."""
-    index = lax.broadcasted_iota(
-        jnp.int32, [x.shape[i] if i == axis else 1 for i in range(x.ndim)], axis
-    )
-    return jnp.where(index == place, vector, x)
+    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, axis) == place, vector, x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -211,40 +206,53 @@ def _search(
     seed: jax.Array,
 ) -> list[Any]:
     """For each leaf the norms, the leading vectors of its shorter side, the block, the excess."""
-    leaves = [a.astype(compute_dtype(a)) for a in leaves]
     found: list[Any] = [None] * len(specs)
-    sides = [min(spec.matrix_shape) for spec in specs]
-    short = [i for i, side in enumerate(sides) if 1 < side <= SHORT_SIDE]
-    long = [i for i, side in enumerate(sides) if side > SHORT_SIDE]
-    for i, side in enumerate(sides):
+    short, long = [], []
+    for i, (spec, a) in enumerate(zip(specs, leaves, strict=True)):
+        leaves[i] = a.astype(compute_dtype(a))
+        side = min(spec.matrix_shape)
         if side == 1:
-            found[i] = _vector_norm(specs[i], leaves[i]), None, None, None
-    grams = [_gram_of_side(specs[i], leaves[i]) for i in short]
-    spectra = together(_eigh, [gram for gram, _ in grams])
-    for i, (_, size), (squares, p) in zip(short, grams, spectra, strict=True):
-        leading = jnp.conj(p[..., 0]).reshape(*squares.shape[:-1], *_short_shape(specs[i]))
-        found[i] = size * jnp.sqrt(squares[..., 0]), leading, None, None
-    if long:
-        iteration = functools.partial(
-            _iteration, *([x[i] for i in long] for x in (specs, ranks, leaves))
-        )
-        start = [sharding.vary_as(leaves[i], blocks[i]) for i in long]
-        zeros = sharding.zeros_of(jax.eval_shape(iteration, start, seed), [leaves[i] for i in long])
-        first = [(sigma, v, excess) for (sigma, _, excess), v in zip(zeros, start, strict=True)]
-        # The blocks are all that an iteration takes from the one before.
-        results = lax.fori_loop(
-            0,
-            jnp.ceil(num_iters).astype(jnp.int32),
-            lambda i, results: iteration([v for _, v, _ in results], seed * COLD_ITERS + i),
-            first,
-        )
-        for i, (sigma, v, excess) in zip(long, results, strict=True):
-            axis = Labels.of(specs[i]).block.index("y")
-            found[i] = sigma, lax.index_in_dim(v, 0, axis, keepdims=False), v, excess
+            found[i] = _vector_norm(spec, leaves[i]), None, None, None
+        else:
+            (short if side <= SHORT_SIDE else long).append(i)
+    of_short = _exact(*[[x[i] for i in short] for x in (specs, leaves)])
+    of_long = _iterate(*[[x[i] for i in long] for x in (specs, ranks, leaves, blocks)],
+                       num_iters=num_iters, seed=seed)  # fmt: skip
+    for i, result in zip(short + long, of_short + of_long, strict=True):
+        found[i] = result
     return [
         (sharding.reshard_as(a, sigma, spec.batch), *rest)
         for a, spec, (sigma, *rest) in zip(leaves, specs, found, strict=True)
     ]
+
+
+def _iterate(
+    specs: Sequence[MatrixSpec],
+    ranks: Sequence[int],
+    leaves: Sequence[jax.Array],
+    blocks: Sequence[jax.Array],
+    num_iters: jax.Array,
+    seed: jax.Array,
+) -> list[Any]:
+    """Of matrices with two long sides, as `_search`, in iterations of all of them."""
+    if not leaves:
+        return []
+    iteration = functools.partial(_iteration, specs, ranks, leaves)
+    blocks = list(map(sharding.vary_as, leaves, blocks))
+    of_sigmas, _, of_excesses = jax.eval_shape(iteration, blocks, seed)
+    sigmas, blocks, excesses = lax.fori_loop(
+        0,
+        jnp.ceil(num_iters).astype(jnp.int32),
+        lambda i, results: iteration(results[1], seed * COLD_ITERS + i),
+        (  # The blocks are all that an iteration takes from the one before.
+            list(map(sharding.zeros_of, leaves, of_sigmas)),
+            blocks,
+            list(map(sharding.zeros_of, leaves, of_excesses)),
+        ),
+    )
+    axes = [Labels.of(spec).block.index("y") for spec in specs]
+    leading = [lax.index_in_dim(v, 0, i, keepdims=False) for v, i in zip(blocks, axes, strict=True)]
+    return list(zip(sigmas, leading, blocks, excesses, strict=True))
 
 
 def _iteration(
@@ -253,26 +261,36 @@ def _iteration(
     leaves: Sequence[jax.Array],
     blocks: Sequence[jax.Array],
     seed: jax.Array,
-) -> list[tuple[jax.Array, jax.Array, jax.Array | None]]:
-    """The norms, the next block and the excess of each leaf."""
-    images = [_image(spec, a, v, seed) for spec, a, v in zip(specs, leaves, blocks, strict=True)]
-    factors = together(_orthonormalizer, [gram for _, _, gram in images])
-    pulled = [
-        _pull_back(spec, a, r, size, factor)
-        for spec, a, (r, size, _), factor in zip(specs, leaves, images, factors, strict=True)
-    ]
-    spectra = together(_eigh, [gram for _, _, gram in pulled])
-    return [
-        _rotate(spec, rank, a, v, size, q, y, *spectrum)
-        for spec, rank, a, v, (_, size, _), (q, y, _), spectrum in zip(
-            specs, ranks, leaves, blocks, images, pulled, spectra, strict=True
-        )
-    ]
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array | None]]:
+    """The norms, the next blocks and the excesses of all leaves."""
+    images = list(map(_image, specs, leaves, blocks, [seed] * len(specs)))
+    factors = together(_orthonormalizer, [image.gram for image in images])
+    pulled = list(map(_pull_back, specs, leaves, images, factors))
+    spectra = together(_eigh, [x.gram for x in pulled])
+    found = map(_rotate, specs, ranks, leaves, blocks, images, pulled, spectra)
+    sigmas, blocks, excesses = map(list, zip(*found, strict=True))
+    return sigmas, blocks, excesses
+
+
+class Image(NamedTuple):
+    """R = A V, each vector over its size."""
+
+    r: jax.Array
+    size: jax.Array  # (*batch,): one for all
+    gram: jax.Array  # R^H R, (*batch, k, k)
+
+
+class Pulled(NamedTuple):
+    """Q, orthonormal, and Y = A^H Q, over the size of the image."""
+
+    q: jax.Array
+    y: jax.Array
+    gram: jax.Array  # Y^H Y, (*batch, k, k)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _image(spec: MatrixSpec, a: jax.Array, v: jax.Array, seed: jax.Array) -> tuple[jax.Array, ...]:
-    """R = A V, with one vector more, a size of it, and R^H R.
+def _image(spec: MatrixSpec, a: jax.Array, v: jax.Array, seed: jax.Array) -> Image:
+    """The image, with one vector more.
 
     Each vector is scaled to a largest entry of 1: no product and no Gram matrix overflows or
     underflows. What follows is exact for the R that there is, in however few bits.
@@ -287,7 +305,7 @@ def _image(spec: MatrixSpec, a: jax.Array, v: jax.Array, seed: jax.Array) -> tup
     axis = labels.image.index("y")
     fresh = lax.slice_in_dim(r, k - 1, k, axis=axis)
     r = lax.concatenate([r, fresh * (jnp.abs(fresh) ** 4).astype(r.dtype)], axis)
-    return r, jnp.max(largest, axis=-1), _gram(a, labels, labels.image, r, r)
+    return Image(r, jnp.max(largest, axis=-1), _gram(a, labels, labels.image, r))
 
 
 @jax.jit
@@ -307,16 +325,14 @@ def _orthonormalizer(gram: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pull_back(
-    spec: MatrixSpec, a: jax.Array, r: jax.Array, size: jax.Array, factor: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Q and Y = A^H Q over the size, and Y^H Y over its square."""
+def _pull_back(spec: MatrixSpec, a: jax.Array, image: Image, factor: jax.Array) -> Pulled:
+    """The image made orthonormal, and pulled back."""
     labels = Labels.of(spec)
-    factor = factor / jnp.where(size > 0, size, 1)[..., None, None].astype(factor.dtype)
-    q = _mix(a, labels, labels.image, r, factor)
+    size = jnp.where(image.size > 0, image.size, 1)[..., None, None]
+    q = _mix(a, labels, labels.image, image.r, factor / size.astype(factor.dtype))
     back = f"{labels.image},{labels.leaf}->{labels.block}"
     y = jnp.conj(_einsum(a, labels, lax.Precision.HIGH, back, jnp.conj(q), a))
-    return q, y, _gram(a, labels, labels.block, y, y)
+    return Pulled(q, y, _gram(a, labels, labels.block, y))
 
 
 @jax.jit
@@ -336,31 +352,29 @@ def _rotate(
     rank: int,
     a: jax.Array,
     v: jax.Array,
-    size: jax.Array,
-    q: jax.Array,
-    y: jax.Array,
-    squares: jax.Array,
-    p: jax.Array,
+    image: Image,
+    pulled: Pulled,
+    spectrum: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The norms, the next block and the excess."""
     labels = Labels.of(spec)
     k = v.shape[labels.block.index("y")]
-    squares, p = squares[..., :k], p[..., :k]
+    squares, p = spectrum[0][..., :k], spectrum[1][..., :k]
     sigma = jnp.sqrt(squares)
     # What is smaller is rounding: there, the vector that there was stays.
     is_found = squares > 4 * p.shape[-1] * jnp.finfo(squares.dtype).eps * squares[..., :1]
     inverse = lax.rsqrt(jnp.where(is_found, squares, 1))[..., None, :]
-    new = _mix(a, labels, labels.block, y, p * inverse.astype(p.dtype))
+    new = _mix(a, labels, labels.block, pulled.y, p * inverse.astype(p.dtype))
     block = jnp.where(jnp.expand_dims(is_found, labels.vector_axes(labels.block)), new, v)
     if not rank:
-        return size * sigma[..., 0], block, None
+        return image.size * sigma[..., 0], block, None
     level = jnp.maximum(sigma[..., rank - 1 : rank], LEAST_LEVEL * sigma[..., :1])
     lowered = jnp.maximum(sigma[..., :rank] - level, 0)[..., None, :]
-    excess = _mix(a, labels, labels.image, q, p[..., :rank] * lowered.astype(p.dtype))
+    excess = _mix(a, labels, labels.image, pulled.q, p[..., :rank] * lowered.astype(p.dtype))
     for _ in range(2):  # one after the other, so that neither overflows
-        excess = excess * _expand(size, excess).astype(excess.dtype)
+        excess = excess * _expand(image.size, excess).astype(excess.dtype)
     excess = jnp.where(_expand(jnp.isfinite(sigma[..., 0]), excess), excess, 0)
-    return size * sigma[..., 0], block, excess
+    return image.size * sigma[..., 0], block, excess
 
 
 def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
@@ -379,6 +393,16 @@ def _vector_norm(spec: MatrixSpec, a: jax.Array) -> jax.Array:
     """The 2-norm over all but the batch axes."""
     a, size = scaled_to_one(jnp.abs(a), spec.matrix_axes)
     return size * jnp.sqrt(jnp.sum(a * a, axis=spec.matrix_axes))
+
+
+def _exact(specs: Sequence[MatrixSpec], leaves: Sequence[jax.Array]) -> list[Any]:
+    """Of matrices with a short side, as `_search`."""
+    grams, sizes = zip(*map(_gram_of_side, specs, leaves), strict=True) if leaves else ([], [])
+    found = []
+    for spec, size, (squares, p) in zip(specs, sizes, together(_eigh, grams), strict=True):
+        leading = jnp.conj(p[..., 0]).reshape(*spec.batch_shape, *_short_shape(spec))
+        found.append((size * jnp.sqrt(squares[..., 0]), leading, None, None))
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -401,10 +425,10 @@ def _short_shape(spec: MatrixSpec) -> list[int]:
     ]
 
 
-def _gram(a: jax.Array, labels: Labels, side: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """X^H Y, of vectors of the leaf `a`, (*batch, k, k)."""
+def _gram(a: jax.Array, labels: Labels, side: str, x: jax.Array) -> jax.Array:
+    """X^H X, of vectors of the leaf `a`, (*batch, k, k)."""
     expression = f"{side},{side.replace('y', 'z')}->{labels.batch}yz"
-    return _einsum(a, None, lax.Precision.HIGHEST, expression, jnp.conj(x), y)
+    return _einsum(a, None, lax.Precision.HIGHEST, expression, jnp.conj(x), x)
 
 
 def _mix(a: jax.Array, labels: Labels, x_labels: str, x: jax.Array, factor: jax.Array) -> jax.Array:

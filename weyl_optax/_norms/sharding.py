@@ -29,17 +29,12 @@ def of_axes(a: Any, axes: Sequence[int | None]) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, P(*spec))
 
 
-def zeros_of(types: Sequence[Any], leaves: Sequence[jax.Array]) -> Any:
-    """Zeros of the types that `jax.eval_shape` gives for each leaf, laid as these say."""
-
-    def zeros(a: jax.Array, type_: Any) -> jax.Array:
-        explicit = None if of_axes(a, []) is None else type_.sharding
-        return vary_as(a, jnp.zeros(type_.shape, type_.dtype, out_sharding=explicit))
-
-    return [
-        jax.tree.map(lambda x, a=a: zeros(a, x), of_leaf)
-        for of_leaf, a in zip(types, leaves, strict=True)
-    ]
+def zeros_of(a: jax.Array, type_: Any) -> jax.Array | None:
+    """Zeros of a type that `jax.eval_shape` gives for `a`, laid as it says; None of None."""
+    if type_ is None:
+        return None
+    explicit = None if of_axes(a, []) is None else type_.sharding
+    return vary_as(a, jnp.zeros(type_.shape, type_.dtype, out_sharding=explicit))
 
 
 def vary_as(a: Any, x: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ class MatrixSpec:
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """The sizes of some axes."""
-        return tuple(self.shape[axis] for axis in axes)
+        return tuple(map(self.shape.__getitem__, axes))
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._arguments import value_at
+from weyl_optax._arguments import as_schedule
 from weyl_optax._norms.vectors import Per, weight_vectors
 from weyl_optax._reading.specification import WeightDimNumOrFn, is_entry
 from weyl_optax.contrib._rotate import adamw_angle, rotate
@@ -134,10 +134,10 @@ def lion_ar(
         return _inverse_bias_correction(b, count) if inverse_bias_correction else 1
 
     def rate(count: jax.typing.ArrayLike) -> Any:
-        return value_at(learning_rate, count) * correction(count)
+        return as_schedule(learning_rate)(count) * correction(count)
 
     def angle(count: jax.typing.ArrayLike) -> jax.Array:
-        return adamw_angle(value_at(learning_rate, count), weight_decay, b) * correction(count)
+        return adamw_angle(as_schedule(learning_rate)(count), weight_decay, b) * correction(count)
 
     def is_not_rotated(params: optax.Params) -> Any:
         return jax.tree.map(lambda entry: entry is None, vectors(params), is_leaf=is_entry)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._arguments import check_at_least, value_at
+from weyl_optax._arguments import as_schedule, check_at_least
 from weyl_optax._bound import is_placeholder
 from weyl_optax._norms.orthogonal_iteration import zero_norms
 from weyl_optax._norms.vectors import Per, inner, length, tangent, times, weight_vectors
@@ -112,7 +112,7 @@ def _scale_by_angle(
         if params is None:
             raise ValueError("rotate needs the params: call update(updates, state, params).")
         leaves = BoundedLeaves(params, vectors, updates)
-        eta = value_at(angle, state.count)
+        eta = as_schedule(angle)(state.count)
         scaled, counts, means = [], [], []
         for u, w, count, mean, spec in zip(
             leaves.of(updates),
