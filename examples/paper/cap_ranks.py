@@ -1,0 +1,103 @@
+"""Which rank to cap: losses of AdamW² over the rank, on models of several kinds and widths."""
+
+import dataclasses
+import itertools
+import math
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from examples import program, results, tables
+from examples.paper import nano
+from examples.paper.run_table import Line, RunTable
+
+Name = Literal["gpt", "gpt-wide", "vit", "swin"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Train small models with AdamW², without a cap and with caps of several ranks.
+
+    What the table has is not trained again.
+    """
+
+    models: tuple[Name, ...] = ("gpt", "vit", "swin", "gpt-wide")
+    """What to train."""
+    ranks: tuple[int, ...] = (0, 8, 16, 32, 64)
+    """Singular values that are lowered, 0 for no cap."""
+    steps: tuple[int, ...] = (200,)
+    """Updates."""
+    learning_rates: tuple[float, ...] = (0.01, 0.03)
+    """Peak rates."""
+    tau: float = 0.1
+    """Largest relative growth of a spectral norm in an update."""
+    seeds: int = 1
+    """Seeds, from 0 on."""
+    table: Path = Path("examples/paper/results/cap_ranks.jsonl")
+    """The table of all runs."""
+    out: Path = Path("runs/cap_ranks")
+    """A folder for the locks of its runs."""
+
+
+def prepare(flags: Flags) -> dict[str, nano.Nano]:
+    """What to train.
+
+    Raises:
+        ValueError: If a flag is out of range.
+    """
+    for name in ("models", "ranks", "steps", "learning_rates"):
+        values = getattr(flags, name)
+        if not values or len(set(values)) < len(values):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: name at least one, and each once.")
+    program.check_folder(flags.out)
+    models = {name: nano.load(name) for name in flags.models}
+    for run in runs(flags):
+        for model in models.values():
+            config_of(model, flags.tau, **run)  # which checks it
+    return models
+
+
+def runs(flags: Flags) -> list[dict[str, Any]]:
+    """All of a model, in the order of its table."""
+    keys = ("steps", "learning_rate", "rank", "seed")
+    values = (flags.steps, flags.learning_rates, flags.ranks, range(flags.seeds))
+    return [dict(zip(keys, run, strict=True)) for run in itertools.product(*values)]
+
+
+def config_of(model: nano.Nano, tau: float, rank: int, **run: Any) -> program.Config:
+    """How a run is trained."""
+    return dataclasses.replace(model.config, tau=tau, cap_rank=max(rank, 1), **run)
+
+
+def main(flags: Flags, models: dict[str, nano.Nano]) -> None:
+    """Trains what the table has not, and shows it."""
+    losses: dict[tuple[str, int, float], dict[int, list[float]]] = {}
+    for name, model in models.items():
+        table = RunTable(flags.table, flags.out / ".locks", {"model": name, "tau": flags.tau})
+        for run in runs(flags):
+            line = table.get(run, lambda: train(model, flags.tau, run))  # noqa: B023
+            row = losses.setdefault((name, run["steps"], run["learning_rate"]), {})
+            loss = math.inf if line["val_loss"] is None else line["val_loss"]
+            row.setdefault(run["rank"], []).append(loss)
+    head = ["validation loss", "steps", "rate"]
+    rows = [head + [f"rank {rank}" if rank else "no cap" for rank in flags.ranks]]
+    for (name, steps, rate), row in losses.items():
+        means = (f"{np.mean(row[rank]):.3f}" for rank in flags.ranks)
+        rows.append([name, str(steps), str(rate), *means])
+    print(tables.markdown(rows))
+
+
+def train(model: nano.Nano, tau: float, run: dict[str, Any]) -> Line:
+    """What a run adds to its line."""
+    name = "adamw2_cap" if run["rank"] else "adamw2"
+    with tempfile.TemporaryDirectory() as folder:
+        model.train(name, config_of(model, tau, **run), model.data, Path(folder), norms=False)
+        return {"val_loss": results.summarize(Path(folder), name)["val_loss"]}
+
+
+if __name__ == "__main__":
+    program.run(lambda: tyro.cli(Flags), prepare, main)
