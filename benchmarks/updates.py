@@ -14,9 +14,7 @@ class Update:
     """An optimizer with its own parameters, ready for `optimizer.update`.
 
     Its state is donated, and so are the updates of the call before, in whose place the new ones
-    are written. A training step has such memory free when it comes to the optimizer, where the
-    activations were; here, an optimizer that needs memory in between would pay the operating
-    system for fresh pages in every call, which on a CPU is as much as a whole update.
+    are written: see `measure.keep_freed_memory`.
     """
 
     def __init__(self, optimizer: optax.GradientTransformation, tree: trees.Tree, grads: Any):
