@@ -862,6 +862,14 @@ def experts_by_ragged_products(p, x):
     return lax.ragged_dot(jax.nn.silu(y), p["down"], sizes)
 
 
+@program(x, g=((3, d), vector(1)), **ROUTER, **FFN)
+def experts_by_ragged_products_after_a_gain(p, x):
+    order = jnp.argmax(x @ p["r"], -1)
+    sizes = jnp.bincount(order, length=e)
+    y = lax.ragged_dot((x * p["g"][1])[jnp.argsort(order)], p["up"], sizes)
+    return lax.ragged_dot(jax.nn.silu(y), p["down"], sizes)
+
+
 @program(x, **ROUTER, **FFN)
 def experts_by_an_index(p, x):
     i = jnp.argmax(x @ p["r"], -1)

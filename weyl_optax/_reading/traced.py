@@ -640,7 +640,7 @@ class _Interpreter:
     def ragged_product(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> Iterable[_View]:
         numbers = eqn.params["ragged_dot_dimension_numbers"]
         (_, contracted), (_, batch) = numbers.dot_dimension_numbers
-        if lhs.views or not lhs.data:
+        if not self.is_activation(lhs):
             return self.unknown([lhs, rhs], _shapes(eqn.outvars)[0])
         for view in rhs.views:
             groups = (*batch, *numbers.rhs_group_dimensions)
@@ -650,10 +650,7 @@ class _Interpreter:
     def convolution(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> Iterable[_View]:
         groups, (shape,) = eqn.params["feature_group_count"], _shapes(eqn.outvars)
         numbers = eqn.params["dimension_numbers"]
-        for view in lhs.views:
-            if view.has_met:
-                self.activate(view)
-        if not lhs.data or not all(view.has_met for view in lhs.views):
+        if not self.is_activation(lhs):
             yield from self.unknown([lhs, rhs], shape)
             return
         for view in rhs.views:
@@ -663,6 +660,13 @@ class _Interpreter:
                 group, out = _reshape([out], (groups, _size(out) // groups))
             axes = (group, out, *window)
             self.matrix(view, lhs, _Roles.of(axes, range(2, len(axes)), [0]))
+
+    def is_activation(self, lhs: _Value) -> bool:
+        """Whether it is data, maybe with biases and gains, which are noted."""
+        for view in lhs.views:
+            if view.has_met:
+                self.activate(view)
+        return lhs.data is not None and all(view.has_met for view in lhs.views)
 
     def contract(
         self, view: _View, other: _Value, roles: _Roles, result: _View, is_row: bool = True
