@@ -29,11 +29,17 @@ def causal_lm(model, uses):
 
     def loss(params, batch):
         module = nnx.merge(graphdef, params, rest)
-        return module.compute_loss(**batch)[1].loss
+        with model.mesh:
+            return module.compute_loss(**batch)[1].loss
 
     def train(tx):
         start = model.to_state().init_tx(tx)
-        step = jax.jit(lambda state: training_step(state, BATCH, None, None, PartitionSpec())[0])
+
+        @jax.jit
+        def step(state):
+            with model.mesh:
+                return training_step(state, BATCH, None, None, PartitionSpec())[0]
+
         for state in states(start, step):
             yield State(state.graphstate, state.opt_state, tx)
 

@@ -300,7 +300,7 @@ def bottleneck_block():
 
 
 def gemma(num_kv_heads):
-    train, transformer = example("gemma", "train", "transformer")
+    train, transformer, configs = example("gemma", "train", "transformer", "transformer_cfg")
     config = transformer.TransformerConfig.from_dict(
         num_layers=2,
         num_embed=13,
@@ -312,7 +312,7 @@ def gemma(num_kv_heads):
         final_logit_softcap=None,
         use_post_attn_norm=True,
         use_post_ffw_norm=True,
-        attention_types=[transformer.transformer_cfg.AttentionType.GLOBAL] * 2,
+        attention_types=[configs.AttentionType.GLOBAL] * 2,
     )
     model = transformer.Transformer(config, rngs=nnx.Rngs(0))
     positions = jnp.broadcast_to(jnp.arange(6), (2, 6))

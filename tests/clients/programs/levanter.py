@@ -39,6 +39,10 @@ USES = {
 }
 
 
+# Its experts are routed under `shard_map`.
+jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)))
+
+
 def language_model(config):
     vocabulary = haliax.Axis("vocab", 16)
     model = config.model_type.init(vocabulary, config, key=jax.random.key(0))
@@ -47,7 +51,15 @@ def language_model(config):
     params, fixed = eqx.partition(model, eqx.is_inexact_array)
 
     def loss(params, example):
-        return compute_next_token_loss(eqx.combine(params, fixed), example).scalar()
+        return (
+            compute_next_token_loss(
+                eqx.combine(params, fixed),
+                example,
+                reduction=None,  # its mean takes a mask of floats, an error with JAX 0.10
+            )
+            .mean()
+            .scalar()
+        )
 
     def train(tx):
         start = TrainerState.init(tx, model, key=jax.random.key(0))
@@ -55,7 +67,7 @@ def language_model(config):
         @eqx.filter_jit
         def step(state):
             grads = jax.grad(loss)(eqx.filter(state.model, eqx.is_inexact_array), batch)
-            return state.take_step(grads)[0]
+            return state.take_step(grads, key=state.training_key)[0]
 
         for state in states(start, step):
             yield State(eqx.filter(state.model, eqx.is_inexact_array), state.opt_state, tx)

@@ -60,13 +60,15 @@ USES = {
     "*embedding": ((0,), (1,)),
     "*/logits_dense/kernel": ((0,), (1,)),
     "*scale": ((), (0,)),
-    "*/self_attention/out/kernel": ((0, 2), (3,)),
-    "*/self_attention/*/kernel": ((0,), (2, 3)),
-    "*/[mM]*[bB]lock*/wi_?": ((2,), (3,)),  # of experts, which are axis 0
-    "*/[mM]*[bB]lock*/wo": ((2,), (3,)),
-    "*/[mM]*[bB]lock*/w*_bias": ((), (2,)),
+    "*/sinks": ((), (0,)),
+    "*ttention/out/kernel": ((0, 2), (3,)),
+    "*ttention/*/kernel": ((0,), (2, 3)),
+    "*ttention/[qkv]*/bias": ((), (0, 2)),
+    "*/w*_bias": ((), (2,)),
+    "*/wi_?": ((2,), (3,)),  # of experts, which are axis 0
+    "*/wo": ((2,), (3,)),
     "*/kernel": ((0,), (2,)),
-    "*/bias": ((), (0, 2)),
+    "*/bias": ((), (0,)),
 }
 
 
