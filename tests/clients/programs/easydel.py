@@ -49,7 +49,7 @@ def causal_lm(model, uses):
 @case(f"EasyDeL {version('easydel')}, Llama")
 def llama():
     config = easydel.LlamaConfig(**SIZES)
-    model = easydel.LlamaForCausalLM(config, rngs=nnx.Rngs(0))
+    model = easydel.LlamaForCausalLM(config, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     return causal_lm(model, {"*embedding": DENSE, "*kernel": DENSE})
 
 
@@ -58,6 +58,6 @@ def qwen():
     config = easydel.Qwen3MoeConfig(
         **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12
     )
-    model = easydel.Qwen3MoeForCausalLM(config, rngs=nnx.Rngs(0))
+    model = easydel.Qwen3MoeForCausalLM(config, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     experts = {"*/experts/*/kernel": ((1,), (2,))}
     return causal_lm(model, experts | {"*embedding": DENSE, "*kernel": DENSE})
