@@ -8,6 +8,7 @@ from weyl_optax._adamw2 import adamw2
 from weyl_optax._bound import WeylBoundState, scale_by_weyl_bound
 from weyl_optax._metrics import bound_metrics
 from weyl_optax._reading.granularity import by_head, by_unit
+from weyl_optax._reading.specification import SplitDimensionNumbers
 from weyl_optax._reading.tabulate import tabulate
 from weyl_optax._reading.traced import dimension_numbers_from
 from weyl_optax._spectral_cap import SpectralCapState, spectral_cap
@@ -16,6 +17,7 @@ from weyl_optax._state_shardings import state_shardings
 
 __all__ = [
     "SpectralCapState",
+    "SplitDimensionNumbers",
     "WeylBoundState",
     "adamw2",
     "bound_metrics",

@@ -246,7 +246,7 @@ def _check_reading(leaves: BoundedLeaves, state: WeylBoundState) -> None:
         leaves.of(state.weight_block),
         strict=True,
     ):
-        found = tuple(None if x is None else jnp.shape(x) for x in (sigma, block))
+        found = tuple(None if x is None else jax.tree.map(jnp.shape, x) for x in (sigma, block))
         if found != (spec.batch_shape, iteration.block_shape(spec)):
             was = "unbounded" if sigma is None else f"norms of shape {found[0]}, a block {found[1]}"
             raise ValueError(

@@ -12,7 +12,9 @@ from optax.contrib import MuonDimensionNumbers
 from weyl_optax._arguments import check_in
 from weyl_optax._norms.orthogonal_iteration import compute_dtype
 from weyl_optax._reading.specification import (
+    DimensionNumbers,
     MatrixSpec,
+    SplitDimensionNumbers,
     WeightDimNumOrFn,
     resolve_dimension_numbers,
 )
@@ -35,11 +37,15 @@ def weight_vectors(
     """
     check_per(per)
 
-    def vectors(spec: MatrixSpec | None) -> MuonDimensionNumbers | None:
+    def vectors(spec: MatrixSpec | None) -> DimensionNumbers | None:
         if spec is None or not spec.reduction:
             return None
         axes = spec.reduction if per == "unit" else spec.matrix_axes
-        return MuonDimensionNumbers((), axes) if math.prod(spec.sizes(axes)) > 1 else None
+        if math.prod(spec.sizes(axes)) == 1:
+            return None
+        if spec.split_axis in axes:
+            return SplitDimensionNumbers((), axes, spec.split_axis, spec.part_sizes)
+        return MuonDimensionNumbers((), axes)
 
     return lambda params: jax.tree.map(
         vectors,

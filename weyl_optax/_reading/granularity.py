@@ -5,9 +5,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax._reading.specification import (
+    DimensionNumbers,
     WeightDimNumOrFn,
     axes_of,
     default_numbers,
@@ -16,6 +16,7 @@ from weyl_optax._reading.specification import (
     names,
     path_name,
     shape_of,
+    with_axes,
 )
 
 ATTENTION = ("*attention*", "*attn*", "*query*", "*key*", "*value*", "out/*", "*/out/*")
@@ -55,9 +56,9 @@ def by_unit(weight_dimension_numbers: WeightDimNumOrFn | None = None) -> WeightD
     .. seealso:: :func:`by_head`, :func:`scale_by_weyl_bound`
     """
 
-    def columns(entry: MuonDimensionNumbers) -> MuonDimensionNumbers:
+    def columns(entry: DimensionNumbers) -> DimensionNumbers:
         if axes_of(entry.reduction_axis):
-            return MuonDimensionNumbers((), entry.reduction_axis)
+            return with_axes(entry, (), entry.reduction_axis)
         return entry
 
     return map_entries(columns, weight_dimension_numbers)
@@ -76,7 +77,9 @@ def by_head(
     Args:
         weight_dimension_numbers: How each leaf is read as matrices, as for
             :func:`scale_by_weyl_bound`: a tree, or a function that makes one. The heads
-            must be an axis of their own.
+            must be an axis of their own; where they are not, as in a fused kernel of shape
+            (d, 3 heads dim), write a :class:`SplitDimensionNumbers` with the size ``dim``,
+            3 heads times.
         paths: Pattern, or patterns, of the paths of attention's leaves, see :mod:`fnmatch`.
             The first of their two output axes (of query, key, value), or else of their two
             reduction axes (of the output), is that of the heads. Others stay as they are.
@@ -111,7 +114,7 @@ def by_head(
 
     def heads(path: Any, entry: Any) -> Any:
         name = path_name(names(path))
-        if not isinstance(entry, MuonDimensionNumbers) or not any(
+        if not isinstance(entry, DimensionNumbers) or not any(
             fnmatchcase(name, pattern) for pattern in patterns
         ):
             return entry
@@ -123,7 +126,7 @@ def by_head(
         else:
             return entry
         found.append(name)
-        return MuonDimensionNumbers(reduction, output)
+        return with_axes(entry, reduction, output)
 
     per_head = jax.tree.map_with_path(heads, weight_dimension_numbers, is_leaf=is_entry)
     if not found:
@@ -135,14 +138,14 @@ def by_head(
 
 
 def map_entries(
-    fn: Callable[[MuonDimensionNumbers], MuonDimensionNumbers | None],
+    fn: Callable[[DimensionNumbers], DimensionNumbers | None],
     weight_dimension_numbers: WeightDimNumOrFn | None,
 ) -> WeightDimNumOrFn:
     """The same specification with another entry in place of each; leaves unbounded stay so."""
 
     def mapped(numbers: Any) -> Any:
         return jax.tree.map(
-            lambda entry: fn(entry) if isinstance(entry, MuonDimensionNumbers) else entry,
+            lambda entry: fn(entry) if isinstance(entry, DimensionNumbers) else entry,
             numbers,
             is_leaf=is_entry,
         )

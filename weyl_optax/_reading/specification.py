@@ -9,25 +9,59 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from optax.contrib import MuonDimensionNumbers
 
-WeightDimNumOrFn: TypeAlias = MuonDimensionNumbers | optax.Params | Callable[[optax.Params], Any]
+
+class SplitDimensionNumbers(NamedTuple):
+    """How a fused kernel is read: as matrices that lie side by side along an axis.
+
+    It stands in a specification where an :class:`optax.contrib.MuonDimensionNumbers` would make
+    one matrix of them. Each part is bounded by itself. In the fields of a state, it has an array
+    of its own, in a tuple in the leaf's place.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from weyl_optax import SplitDimensionNumbers, tabulate
+        >>> params = {"kernel": jnp.ones((64, 96)), "bias": jnp.ones(96)}
+        >>> numbers = {
+        ...     "kernel": SplitDimensionNumbers(0, 1, split_axis=1, sizes=(64, 16, 16)),
+        ...     "bias": SplitDimensionNumbers((), 0, split_axis=0, sizes=(64, 16, 16)),
+        ... }
+        >>> print(tabulate(params, numbers))
+        path    shape     read as
+        bias    (96,)     1 vector of 64, 1 vector of 16, 1 vector of 16
+        kernel  (64, 96)  1 matrix of 64 x 64, 1 matrix of 64 x 16, 1 matrix of 64 x 16
+
+    .. seealso:: :func:`weyl_optax.dimension_numbers_from`, whose ``by_part`` finds the parts
+    """
+
+    reduction_axis: int | Sequence[int]
+    output_axis: int | Sequence[int]
+    split_axis: int  # among the two
+    sizes: Sequence[int]  # of the parts along it
+
+
+DimensionNumbers: TypeAlias = MuonDimensionNumbers | SplitDimensionNumbers
+WeightDimNumOrFn: TypeAlias = DimensionNumbers | optax.Params | Callable[[optax.Params], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSpec:
-    """A leaf, read as a batch of matrices of shape (reduction, output)."""
+    """A leaf, read as a batch of matrices of shape (reduction, output), or several side by side."""
 
     shape: tuple[int, ...]
     batch: tuple[int, ...]  # axes, ascending; each index is a matrix of its own
     reduction: tuple[int, ...]  # axes, ascending; together the rows
     output: tuple[int, ...]  # axes, ascending; together the columns
+    split_axis: int | None = None  # of a fused leaf: along which its parts lie
+    part_sizes: tuple[int, ...] = ()  # and their sizes along it
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """The sizes of some axes."""
@@ -47,6 +81,34 @@ class MatrixSpec:
     def matrix_axes(self) -> tuple[int, ...]:
         """All axes but the batch axes."""
         return self.reduction + self.output
+
+    @property
+    def parts(self) -> tuple["MatrixSpec", ...]:
+        """The parts of a fused leaf, as leaves of their own; of any other leaf, itself."""
+        if self.split_axis is None:
+            return (self,)
+        start, end = self.shape[: self.split_axis], self.shape[self.split_axis + 1 :]
+        return tuple(
+            MatrixSpec((*start, size, *end), self.batch, self.reduction, self.output)
+            for size in self.part_sizes
+        )
+
+    def split(self, x: Any) -> Sequence[Any]:
+        """What each part has of an array like the leaf, or of what a state keeps for it."""
+        if self.split_axis is None:
+            return (x,)
+        if shape_of(x) == self.shape:
+            return lax.split(jnp.asarray(x), self.part_sizes, self.split_axis)
+        is_kept = isinstance(x, tuple) and len(x) == len(self.part_sizes)
+        return x if is_kept else (x,) * len(self.part_sizes)  # of a state for another reading
+
+    def join(self, parts: Sequence[Any], like: Any) -> Any:
+        """An array like the leaf, or what a state keeps for it, from what each part has."""
+        if self.split_axis is None:
+            return parts[0]
+        if shape_of(like) == self.shape:
+            return lax.concatenate(parts, self.split_axis)
+        return tuple(parts)
 
 
 def resolve_dimension_numbers(
@@ -85,6 +147,19 @@ def resolve_dimension_numbers(
     )
 
 
+def with_axes(
+    numbers: DimensionNumbers, reduction: int | Sequence[int], output: int | Sequence[int]
+) -> DimensionNumbers:
+    """The same with other axes, in parts as long as one of these is split."""
+    is_split = isinstance(numbers, SplitDimensionNumbers) and numbers.split_axis in (
+        *axes_of(reduction),
+        *axes_of(output),
+    )
+    if is_split:
+        return numbers._replace(reduction_axis=reduction, output_axis=output)
+    return MuonDimensionNumbers(reduction, output)
+
+
 def is_function(weight_dimension_numbers: Any) -> TypeGuard[Callable[[optax.Params], Any]]:
     """Whether it makes a tree of the params, and is none: an Equinox model can be called too."""
     return callable(weight_dimension_numbers) and jax.tree_util.all_leaves(
@@ -107,7 +182,8 @@ class BoundedLeaves:
     """The leaves of a tree that are bounded, out of their boxes, as a list.
 
     They are those for which `weight_dimension_numbers` says how, less those whose update is
-    `None`, which are not trained.
+    `None`, which are not trained. A fused leaf is in it part by part. Of a state, it has a tuple
+    of what is kept for each.
 
     Args:
         params: As for `resolve_dimension_numbers`.
@@ -147,25 +223,27 @@ class BoundedLeaves:
                     f"The leaf {path_name(path)!r} has shape {shape_of(leaf)} in updates, "
                     f"{spec.shape} in params."
                 )
-        self.paths = tuple(path_name(leaves[i][0]) for i in self._specs)
-
-    @property
-    def specs(self) -> tuple[MatrixSpec, ...]:
-        """How each is read."""
-        return tuple(self._specs.values())
+        self.specs = tuple(part for spec in self._specs.values() for part in spec.parts)
+        self.paths = tuple(
+            path_name(leaves[i][0] if spec.split_axis is None else (*leaves[i][0], str(part)))
+            for i, spec in self._specs.items()
+            for part in range(len(spec.parts))
+        )
 
     def of(self, tree: Any) -> list[Any]:
         """What another tree of this structure has in their places."""
         leaves = self._treedef.flatten_up_to(tree)
-        return [unbox(leaves[i]) for i in self._specs]
+        return [x for i, spec in self._specs.items() for x in spec.split(unbox(leaves[i]))]
 
     def put(self, values: Sequence[Any], tree: Any = None) -> Any:
         """A tree of this structure with the values in their places, and elsewhere as `tree`."""
         leaves = [None] * self._treedef.num_leaves
         if tree is not None:
             leaves = self._treedef.flatten_up_to(tree)
-        for i, value in zip(self._specs, values, strict=True):
-            leaves[i] = replace_boxed(leaves[i], value)
+        remaining = iter(values)
+        for i, spec in self._specs.items():
+            parts = [next(remaining) for _ in spec.parts]
+            leaves[i] = replace_boxed(leaves[i], spec.join(parts, unbox(leaves[i])))
         return self._treedef.unflatten(leaves)
 
 
@@ -200,14 +278,14 @@ def replace_boxed(x: Any, content: Any) -> Any:
 
 
 def overridden(
-    paths: Sequence[str], overrides: Mapping[str, MuonDimensionNumbers | None] | None
-) -> dict[str, MuonDimensionNumbers | None]:
+    paths: Sequence[str], overrides: Mapping[str, DimensionNumbers | None] | None
+) -> dict[str, DimensionNumbers | None]:
     """The entries that patterns of paths, as `"*/norm/scale"`, give; the first match counts.
 
     Raises:
         ValueError: If a pattern matches no path.
     """
-    numbers: dict[str, MuonDimensionNumbers | None] = {}
+    numbers: dict[str, DimensionNumbers | None] = {}
     for pattern, entry in (overrides or {}).items():
         matches = [path for path in paths if fnmatchcase(path, pattern)]
         if not matches:
@@ -248,7 +326,7 @@ def _is_hole(x: Any) -> bool:
 
 def is_entry(x: Any) -> bool:
     """Whether it stands for a leaf, or for a subtree, in a specification."""
-    return _is_hole(x) or isinstance(x, MuonDimensionNumbers)
+    return _is_hole(x) or isinstance(x, DimensionNumbers)
 
 
 def _has_floats(leaf: Any) -> bool:
@@ -260,7 +338,7 @@ def _has_floats(leaf: Any) -> bool:
 
 def _specified_numbers(
     params: optax.Params, leaves: Sequence[tuple[tuple[str, ...], Any]], specification: Any
-) -> list[MuonDimensionNumbers | None]:
+) -> list[DimensionNumbers | None]:
     """The entry for each leaf: the one at its path, or at the path of a subtree around it."""
     entries = {
         names(path): None if _is_hole(unbox(entry)) else unbox(entry)
@@ -297,10 +375,10 @@ def _specified_numbers(
 
 
 def _matrix_spec(
-    path: tuple[str, ...], shape: tuple[int, ...], numbers: MuonDimensionNumbers
+    path: tuple[str, ...], shape: tuple[int, ...], numbers: DimensionNumbers
 ) -> MatrixSpec:
     where = f"for the leaf {path_name(path)!r} of shape {shape}"
-    if not isinstance(numbers, MuonDimensionNumbers):
+    if not isinstance(numbers, DimensionNumbers):
         raise ValueError(
             f"weight_dimension_numbers has {numbers!r} {where}. "
             "Write optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis), or None."
@@ -325,4 +403,22 @@ def _matrix_spec(
             "An axis is a reduction, an output, or, unnamed, a batch axis."
         )
     batch = tuple(axis for axis in range(len(shape)) if axis not in named)
-    return MatrixSpec(shape, batch, reduction, output)
+    spec = MatrixSpec(shape, batch, reduction, output)
+    if isinstance(numbers, MuonDimensionNumbers):
+        return spec
+    (split_axis,), sizes = normalize(numbers.split_axis), tuple(numbers.sizes)
+    if numbers.split_axis not in (
+        *axes_of(numbers.reduction_axis),
+        *axes_of(numbers.output_axis),
+    ):
+        raise ValueError(
+            f"weight_dimension_numbers has {numbers} {where}: split_axis must be one of its "
+            "reduction or output axes, written alike. On a batch axis, each index is a matrix of "
+            "its own anyway."
+        )
+    if sum(sizes) != shape[split_axis] or min(sizes) < 1:
+        raise ValueError(
+            f"weight_dimension_numbers has {numbers} {where}: the sizes of its parts must be "
+            f"positive and add up to {shape[split_axis]}, that of axis {split_axis}."
+        )
+    return dataclasses.replace(spec, split_axis=split_axis, part_sizes=sizes)

@@ -68,8 +68,10 @@ def warn_of_reading_by_rank(params: optax.Params) -> None:
 
 def reading(spec: MatrixSpec | None) -> str:
     """As what a leaf is read, in words."""
-    if spec is None:
-        return "unbounded"
+    return "unbounded" if spec is None else ", ".join(map(_matrices, spec.parts))
+
+
+def _matrices(spec: MatrixSpec) -> str:
     count = math.prod(spec.batch_shape)
     m, n = spec.matrix_shape
     one, many, size = "matrix", "matrices", f" of {m} x {n}"
