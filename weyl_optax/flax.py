@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers
 
+from weyl_optax._reading.specification import DimensionNumbers
 from weyl_optax._reading.traced import dimension_numbers_from
 
 
@@ -14,7 +14,8 @@ def dimension_numbers(
     model: nnx.Module,
     *args: Any,
     wrt: nnx.filterlib.Filter = nnx.Param,
-    overrides: Mapping[str, MuonDimensionNumbers | None] | None = None,
+    overrides: Mapping[str, DimensionNumbers | None] | None = None,
+    by_part: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Read each param of an NNX model as the matrix by which the model multiplies its inputs.
@@ -32,6 +33,7 @@ def dimension_numbers(
         wrt: Which variables of the model the optimizer is given, as for ``nnx.Optimizer``.
         overrides: Patterns of paths, as ``'*/norm/scale'``, and what to return for
             their leaves, `None` to leave them unbounded. The first that matches counts.
+        by_part: Whether a fused kernel is several matrices, as there.
         **kwargs: As `args`.
 
     Returns:
@@ -68,4 +70,6 @@ def dimension_numbers(
     def of_params(params: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
         return fn(nnx.merge(graph, params, rest), *args, **kwargs)
 
-    return dimension_numbers_from(of_params, params, rest, *args, overrides=overrides, **kwargs)
+    return dimension_numbers_from(
+        of_params, params, rest, *args, overrides=overrides, by_part=by_part, **kwargs
+    )

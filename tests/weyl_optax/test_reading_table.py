@@ -87,6 +87,11 @@ def attend(q, k, v):
     return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k)), v)
 
 
+def rotate(y):
+    half, other = jnp.split(y, 2, -1)
+    return jnp.concatenate([0.6 * half - 0.8 * other, 0.8 * half + 0.6 * other], -1)
+
+
 def square(y):
     return jnp.mean(y**2)
 
@@ -447,6 +452,24 @@ def attention_fused_by_axes(p, x):
     return merge(p, attend(q, k_, v_))
 
 
+@program(seq, qkv=((d, 3 * h * k), DENSE), bias=((3 * h * k,), vector(0)), **OUT)
+def attention_fused_with_bias(p, x):
+    y = (x @ p["qkv"] + p["bias"]).reshape(b, t, 3, h, k)
+    return merge(p, attend(y[:, :, 0], y[:, :, 1], y[:, :, 2]))
+
+
+@program(seq, qkv=((d, 3 * h * k), DENSE), **OUT)
+def attention_fused_by_heads(p, x):
+    return merge(p, attend(*jnp.split((x @ p["qkv"]).reshape(b, t, h, 3 * k), 3, -1)))
+
+
+@program(seq, qkv=((d, h + 2, k), HEADS), **OUT)
+def attention_fused_of_grouped_queries(p, x):
+    y = jnp.einsum("btd,dhk->bthk", x, p["qkv"])
+    q, k_, v_ = jnp.split(y, [h, h + 1], axis=2)
+    return merge(p, attend(q, jnp.repeat(k_, h, 2), jnp.repeat(v_, h, 2)))
+
+
 @program(seq, **QKV, **OUT, **{f"b{n}": ((h, k), vector(0, 1)) for n in "qkv"})
 def attention_with_biases(p, x):
     q, k_, v_ = (y + p[f"b{n}"] for n, y in zip("qkv", project(p, x), strict=True))
@@ -613,6 +636,27 @@ def linear_attention(p, x):
 @program(seq, keys=((f, d), TRANSPOSED), values=((f, d), DENSE))
 def persistent_memory(p, x):
     return jax.nn.softmax(x @ p["keys"].T) @ p["values"]
+
+
+@program(
+    seq,
+    qa=((d, 4), DENSE),
+    q_norm=((4,), vector(0)),
+    qb=((4, h, k + 2), HEADS),
+    kva=((d, 5 + 2), DENSE),
+    kv_norm=((5,), vector(0)),
+    kvb=((5, h, k + k), HEADS),
+    **OUT,
+)
+def latent_attention_fused(p, x):
+    """As DeepSeek's: low ranks with norms between, and one rotated key of all heads."""
+    q = jnp.einsum("btr,rhk->bthk", norm(x @ p["qa"]) * p["q_norm"], p["qb"])
+    latent, rotated = jnp.split(x @ p["kva"], [5], -1)
+    y = jnp.einsum("btr,rhk->bthk", norm(latent) * p["kv_norm"], p["kvb"])
+    k_, v_ = jnp.split(y, 2, -1)
+    rotated = jnp.broadcast_to(rotate(rotated)[:, :, None], (b, t, h, 2))
+    q = jnp.concatenate([q[..., :k], rotate(q[..., k:])], -1)
+    return merge(p, attend(q, jnp.concatenate([k_, rotated], -1), v_))
 
 
 @program(seq, latents=((3, d), vector(0, 1)), q=((d, d), DENSE), k=((d, d), DENSE))
@@ -867,6 +911,24 @@ def experts_by_ragged_products_after_a_gain(p, x):
     order = jnp.argmax(x @ p["r"], -1)
     sizes = jnp.bincount(order, length=e)
     y = lax.ragged_dot((x * p["g"][1])[jnp.argsort(order)], p["up"], sizes)
+    return lax.ragged_dot(jax.nn.silu(y), p["down"], sizes)
+
+
+@program(x, **ROUTER, up=((e, d, 2 * f), EXPERTS), bias=((e, 2 * f), DENSE), down=FFN["down"])
+def gated_experts_by_ragged_products(p, x):
+    order = jnp.argmax(x @ p["r"], -1)
+    sizes = jnp.bincount(order, length=e)
+    y = lax.ragged_dot(x[jnp.argsort(order)], p["up"], sizes) + p["bias"][jnp.sort(order)]
+    gate, y = jnp.split(y, 2, -1)
+    return lax.ragged_dot(jax.nn.silu(gate) * y, p["down"], sizes)
+
+
+@program(x, **ROUTER, up=((e, f, d), matrix([2], [1])), down=FFN["down"])
+def experts_by_ragged_products_out_first(p, x):
+    order = jnp.argmax(x @ p["r"], -1)
+    sizes = jnp.bincount(order, length=e)
+    numbers = lax.RaggedDotDimensionNumbers((([1], [2]), ([], [])), [0], [0])
+    y = lax.ragged_dot_general(x[jnp.argsort(order)], p["up"], sizes, numbers)
     return lax.ragged_dot(jax.nn.silu(y), p["down"], sizes)
 
 

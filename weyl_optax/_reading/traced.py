@@ -25,18 +25,26 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jax.extend.source_info_util import summarize
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax._reading.specification import leaves_with_path, overridden, path_name
+from weyl_optax._reading.parts import in_parts, parts_of
+from weyl_optax._reading.programs import body_of, shapes_of
+from weyl_optax._reading.specification import (
+    DimensionNumbers,
+    leaves_with_path,
+    overridden,
+    path_name,
+)
 
 
 def dimension_numbers_from(
     fn: Callable[..., Any],
     params: Any,
     *args: Any,
-    overrides: Mapping[str, MuonDimensionNumbers | None] | None = None,
+    overrides: Mapping[str, DimensionNumbers | None] | None = None,
+    by_part: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Read each leaf of params as the matrix by which a function multiplies its inputs.
@@ -69,12 +77,15 @@ def dimension_numbers_from(
             Arrays that `fn` closes over are constants, not inputs.
         overrides: Patterns of paths, as ``'*/norm/scale'``, and what to return for
             their leaves, `None` to leave them unbounded. The first that matches counts.
+        by_part: Whether a fused kernel is several matrices: those into which slices, a split or
+            an unstack cut its product with the inputs, or the kernel itself. So is its bias.
+            Pieces that are added up or put side by side again are none.
         **kwargs: As `args`.
 
     Returns:
         A tree like `params`, boxes taken off, with an
         :class:`optax.contrib.MuonDimensionNumbers` for each leaf, or `None` where it is not an
-        array of floats.
+        array of floats; with `by_part`, a :class:`SplitDimensionNumbers` where it has parts.
 
     Raises:
         ValueError: If a leaf with several axes is not used, or in two ways, or in a way that is
@@ -107,7 +118,7 @@ def dimension_numbers_from(
         if _is_array(array)
     ]
     jaxpr = _trace(fn, params, args, kwargs)
-    inputs = [_Value(data=_varying(shape)) for shape in _shapes(jaxpr.invars[len(operands) :])]
+    inputs = [_Value(data=_varying(shape)) for shape in shapes_of(jaxpr.invars[len(operands) :])]
     interpreter = _Interpreter()
     for output in interpreter.run(jaxpr, operands + inputs):
         for view in output.views:
@@ -125,6 +136,11 @@ def dimension_numbers_from(
             problems.append(numbers[path])
     if problems:
         raise ValueError("\n".join(problems))
+    if by_part:
+        arrays = zip(paths, entries, strict=True)
+        operands = [(path, array.shape) for path, (_, array) in arrays if _is_array(array)]
+        found = parts_of(jaxpr, operands)
+        numbers |= {path: in_parts(numbers[path], found[path]) for path in leaves if path in found}
     return treedef.unflatten([numbers.get(path) for path in paths])
 
 
@@ -372,7 +388,7 @@ _REDUCTIONS = frozenset(
 def _layouts(eqn: JaxprEqn, view: _View) -> list[_View]:
     """The views in the outputs of an equation that only lays out its operand, else none."""
     params, axes = eqn.params, view.axes
-    shapes = _shapes(eqn.outvars)
+    shapes = shapes_of(eqn.outvars)
     match eqn.primitive.name:
         case "transpose":
             return [view.rearrange(axes[i] for i in params["permutation"])]
@@ -404,27 +420,12 @@ def _product_axes(eqn: JaxprEqn, view: _View, side: int) -> list[_Axis]:
     Those of the other side run over the axes of the leaf that they have been contracted with.
     """
     contracted, batch = (sides[side] for sides in eqn.params["dimension_numbers"])
-    (shape,), shared = _shapes(eqn.outvars), [view.axes[i] for i in batch]
+    (shape,), shared = shapes_of(eqn.outvars), [view.axes[i] for i in batch]
     own = [axis for i, axis in enumerate(view.axes) if i not in (*contracted, *batch)]
     others = [_fuse([view.axes[i] for i in contracted], size) for size in shape[len(shared) :]]
     start = (len(others) - len(own)) * side
     others[start : start + len(own)] = own
     return [*shared, *others]
-
-
-def _body(eqn: JaxprEqn) -> Jaxpr | None:
-    """The program that an equation calls with its operands, as `jit` and `remat` do."""
-    for param in eqn.params.values():
-        body = param.jaxpr if isinstance(param, ClosedJaxpr) else param
-        if isinstance(body, Jaxpr):
-            inside, outside = _shapes(body.invars), _shapes(eqn.invars)
-            if list(map(len, inside)) == list(map(len, outside)):
-                return body
-    return None
-
-
-def _shapes(atoms: Iterable[Any]) -> list[tuple[int, ...]]:
-    return [getattr(atom.aval, "shape", ()) for atom in atoms]
 
 
 class _Interpreter:
@@ -444,7 +445,7 @@ class _Interpreter:
 
         for eqn in jaxpr.eqns:
             self.eqns.append(eqn)
-            outputs = map(_number, _shapes(eqn.outvars), self.apply(eqn, read(eqn.invars)))
+            outputs = map(_number, shapes_of(eqn.outvars), self.apply(eqn, read(eqn.invars)))
             values.update(zip(eqn.outvars, outputs, strict=True))
             self.eqns.pop()
         return read(jaxpr.outvars)
@@ -461,12 +462,12 @@ class _Interpreter:
             results = [self.run(branch.jaxpr, rest) for branch in params["branches"]]
             joined = [_join(*each) for each in zip(*results, strict=True)]
             if index.data:
-                shapes = _shapes(eqn.outvars)
+                shapes = shapes_of(eqn.outvars)
                 joined = [v._replace(data=_varying(s)) for v, s in zip(joined, shapes, strict=True)]
             return joined
-        if body := _body(eqn):  # under shard_map, axes are shorter inside
-            inside = list(map(_Value.resize, operands, _shapes(body.invars)))
-            return list(map(_Value.resize, self.run(body, inside), _shapes(eqn.outvars)))
+        if body := body_of(eqn):  # under shard_map, axes are shorter inside
+            inside = list(map(_Value.resize, operands, shapes_of(body.invars)))
+            return list(map(_Value.resize, self.run(body, inside), shapes_of(eqn.outvars)))
         is_weight = any(operand.is_weight for operand in operands)
         if name.startswith("random_"):  # a key is an input, but no data
             return [_Value()] * len(eqn.outvars)
@@ -482,7 +483,7 @@ class _Interpreter:
         if name in _REDUCTIONS:
             return [self.reduce(eqn, *operands)]
 
-        is_data, shapes = any(operand.data for operand in operands), _shapes(eqn.outvars)
+        is_data, shapes = any(operand.data for operand in operands), shapes_of(eqn.outvars)
         results = [_Value((), _varying(s) if is_data else None, is_weight) for s in shapes]
         operand, *others = operands
         views: Iterable[_View] | None = None
@@ -502,7 +503,7 @@ class _Interpreter:
                 views = self.dynamic_slice(eqn, operand, others)
         if views is not None:
             return [results[0]._replace(views=_unique(views))]
-        if not others and (count := len(_layouts(eqn, _varying(_shapes(eqn.invars)[0])))):
+        if not others and (count := len(_layouts(eqn, _varying(shapes_of(eqn.invars)[0])))):
             return [operand.map(lambda view, i=i: _layouts(eqn, view)[i]) for i in range(count)]
         return [
             result._replace(views=self.unknown(operands, shape))
@@ -538,7 +539,7 @@ class _Interpreter:
 
     def elementwise(self, eqn: JaxprEqn, operands: list[_Value]) -> _Value:
         """Entries side by side. Those of a leaf are followed while the value is linear in them."""
-        name, (shape,) = eqn.primitive.name, _shapes(eqn.outvars)
+        name, (shape,) = eqn.primitive.name, shapes_of(eqn.outvars)
         if name == "stack":
             axis, size = eqn.params["axis"], len(operands)
             operands = [v.map(lambda view: view.insert(axis, size)) for v in operands]
@@ -551,7 +552,7 @@ class _Interpreter:
 
         constants = [
             _Value(data=align(_varying(s)))
-            for s, operand in zip(_shapes(eqn.invars), operands, strict=True)
+            for s, operand in zip(shapes_of(eqn.invars), operands, strict=True)
             if not operand.data and name != "stack"
         ]
         operands = [operand.map(align) for operand in operands]
@@ -631,7 +632,7 @@ class _Interpreter:
         contracted, batch = eqn.params["dimension_numbers"]
         for side, (operand, other) in enumerate((operands, operands[::-1])):
             named = len(contracted[side]) + len(batch[side])
-            is_row = named == len(_shapes(eqn.invars)[1 - side])
+            is_row = named == len(shapes_of(eqn.invars)[1 - side])
             for view in operand.views:
                 roles = _Roles.of(view.axes, contracted[side], batch[side])
                 result = view._replace(axes=tuple(_product_axes(eqn, view, side)))
@@ -641,14 +642,14 @@ class _Interpreter:
         numbers = eqn.params["ragged_dot_dimension_numbers"]
         (_, contracted), (_, batch) = numbers.dot_dimension_numbers
         if not self.is_activation(lhs):
-            return self.unknown([lhs, rhs], _shapes(eqn.outvars)[0])
+            return self.unknown([lhs, rhs], shapes_of(eqn.outvars)[0])
         for view in rhs.views:
             groups = (*batch, *numbers.rhs_group_dimensions)
             self.matrix(view, lhs, _Roles.of(view.axes, contracted, groups))
         return []
 
     def convolution(self, eqn: JaxprEqn, lhs: _Value, rhs: _Value) -> Iterable[_View]:
-        groups, (shape,) = eqn.params["feature_group_count"], _shapes(eqn.outvars)
+        groups, (shape,) = eqn.params["feature_group_count"], shapes_of(eqn.outvars)
         numbers = eqn.params["dimension_numbers"]
         if not self.is_activation(lhs):
             yield from self.unknown([lhs, rhs], shape)
@@ -690,13 +691,13 @@ class _Interpreter:
     def dynamic_slice(
         self, eqn: JaxprEqn, operand: _Value, starts: list[_Value]
     ) -> Iterable[_View]:
-        sizes, (full, *_) = eqn.params["slice_sizes"], _shapes(eqn.invars)
+        sizes, (full, *_) = eqn.params["slice_sizes"], shapes_of(eqn.invars)
         moved = [i for i, v in enumerate(starts) if v.data and sizes[i] < full[i]]
         return (self.look_up(view, moved, True).resize(sizes) for view in operand.views)
 
     def gather(self, eqn: JaxprEqn, operand: _Value, indices: _Value) -> Iterable[_View]:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        (full, _), (shape,) = _shapes(eqn.invars), _shapes(eqn.outvars)
+        (full, _), (shape,) = shapes_of(eqn.invars), shapes_of(eqn.outvars)
         collapsed, batching = numbers.collapsed_slice_dims, numbers.operand_batching_dims
         index_axes = [i for i in range(len(shape)) if i not in numbers.offset_dims]
         batched = {

@@ -1,0 +1,22 @@
+"""What the equations of a program are made of."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+
+def body_of(eqn: JaxprEqn) -> Jaxpr | None:
+    """The program that an equation calls with its operands, as `jit` and `remat` do."""
+    for param in eqn.params.values():
+        body = param.jaxpr if isinstance(param, ClosedJaxpr) else param
+        if isinstance(body, Jaxpr):
+            inside, outside = shapes_of(body.invars), shapes_of(eqn.invars)
+            if list(map(len, inside)) == list(map(len, outside)):
+                return body
+    return None
+
+
+def shapes_of(atoms: Iterable[Any]) -> list[tuple[int, ...]]:
+    """The shapes of operands, or of outputs."""
+    return [getattr(atom.aval, "shape", ()) for atom in atoms]
