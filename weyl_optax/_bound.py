@@ -112,9 +112,9 @@ def scale_by_weyl_bound(
             subtree, or ``None`` to leave it unbounded (where Muon would use Adam); or a
             function from the params to such a tree. All axes that are named neither as
             reduction nor as output axes are batch axes, and every matrix of the batch has
-            its own bound. By default, ranks 0 and 1 are scalars and vectors (bounded by
-            their 2-norm), and above that the last two axes are the matrix; where there
-            are more, a warning is logged.
+            its own bound; a :class:`SplitDimensionNumbers` cuts a fused leaf into parts. By
+            default, ranks 0 and 1 are scalars and vectors (bounded by their 2-norm), and above
+            that the last two axes are the matrix; where there are more, a warning is logged.
             :func:`weyl_optax.dimension_numbers_from` reads the params of any model from its
             loss; for Flax NNX models see also :func:`weyl_optax.flax.dimension_numbers`.
         num_iters: Iterations, at least 1, of the estimator of :math:`\sigma_1` at each
@@ -246,7 +246,7 @@ def _check_reading(leaves: BoundedLeaves, state: WeylBoundState) -> None:
         leaves.of(state.weight_block),
         strict=True,
     ):
-        found = tuple(None if x is None else jax.tree.map(jnp.shape, x) for x in (sigma, block))
+        found = tuple(jax.tree.map(jnp.shape, x) for x in (sigma, block))
         if found != (spec.batch_shape, iteration.block_shape(spec)):
             was = "unbounded" if sigma is None else f"norms of shape {found[0]}, a block {found[1]}"
             raise ValueError(

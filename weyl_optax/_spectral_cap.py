@@ -126,9 +126,9 @@ def spectral_cap(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _check_block(path: str, spec: MatrixSpec, block: jax.Array | None, rank: int) -> None:
+def _check_block(path: str, spec: MatrixSpec, block: Any, rank: int) -> None:
     """Checks that the state was made for this rank, and for the leaf as it is read now."""
-    found = None if block is None else block.shape
+    found = jax.tree.map(jnp.shape, block)
     wanted = iteration.block_shape(spec, rank) if rank else None
     if found != wanted:
         raise ValueError(

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax import tabulate
+from weyl_optax import SplitDimensionNumbers, tabulate
 from weyl_optax.flax import dimension_numbers
 
 TOKENS = jnp.arange(6).reshape(2, 3)
@@ -95,6 +95,20 @@ def test_keyword_arguments_and_overrides():
         dimension_numbers(fn, model, x, q_only=True)
     numbers = dimension_numbers(fn, model, x, q_only=True, overrides={"k*": None})
     assert numbers == {"kernel": None, "bias": VECTOR}
+
+
+def test_the_parts_of_a_fused_layer():
+    def gated(model, x):
+        gate, up = jnp.split(model(x), 2, -1)
+        return nnx.silu(gate) * up
+
+    numbers = dimension_numbers(
+        gated, nnx.Linear(6, 16, rngs=nnx.Rngs(0)), jnp.ones((2, 6)), by_part=True
+    )
+    assert numbers == {
+        "kernel": SplitDimensionNumbers((0,), (1,), 1, (8, 8)),
+        "bias": SplitDimensionNumbers((), (0,), 0, (8, 8)),
+    }
 
 
 def test_a_linen_module_in_nnx():

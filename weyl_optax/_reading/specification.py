@@ -23,8 +23,15 @@ class SplitDimensionNumbers(NamedTuple):
     """How a fused kernel is read: as matrices that lie side by side along an axis.
 
     It stands in a specification where an :class:`optax.contrib.MuonDimensionNumbers` would make
-    one matrix of them. Each part is bounded by itself. In the fields of a state, it has an array
-    of its own, in a tuple in the leaf's place.
+    one matrix of them. Each part is bounded by itself. In the fields of a state, a tuple in the
+    leaf's place has an array for each. Along an explicit mesh axis, JAX cuts a leaf only where the
+    devices divide every size.
+
+    Args:
+        reduction_axis: The axes of the rows, as there.
+        output_axis: Those of the columns.
+        split_axis: The axis along which the parts lie, one of these, and written as there.
+        sizes: The sizes of the parts along it, which add up to that of the axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -44,8 +51,8 @@ class SplitDimensionNumbers(NamedTuple):
 
     reduction_axis: int | Sequence[int]
     output_axis: int | Sequence[int]
-    split_axis: int  # among the two
-    sizes: Sequence[int]  # of the parts along it
+    split_axis: int
+    sizes: Sequence[int]
 
 
 DimensionNumbers: TypeAlias = MuonDimensionNumbers | SplitDimensionNumbers
@@ -99,8 +106,9 @@ class MatrixSpec:
             return (x,)
         if shape_of(x) == self.shape:
             return lax.split(jnp.asarray(x), self.part_sizes, self.split_axis)
-        is_kept = isinstance(x, tuple) and len(x) == len(self.part_sizes)
-        return x if is_kept else (x,) * len(self.part_sizes)  # of a state for another reading
+        if isinstance(x, tuple) and len(x) == len(self.part_sizes):
+            return x
+        return ((x,),) * len(self.part_sizes)  # a state for another reading, which fits no part
 
     def join(self, parts: Sequence[Any], like: Any) -> Any:
         """An array like the leaf, or what a state keeps for it, from what each part has."""
