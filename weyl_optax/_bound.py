@@ -210,22 +210,17 @@ def scale_by_weyl_bound(
             state.bound_count,
         )
         of_weights, of_updates = found[: len(weights)], found[len(weights) :]
+        taken = leaves.put(wide, updates)
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
             strength: Any = decay_at(state.bound_count)
             decay = optax.add_decayed_weights(strength, weight_decay_mask)
-            decayed, _ = decay.update(leaves.put(wide, updates), decay.init(params), params)
-            wide = leaves.of(decayed)
+            taken, _ = decay.update(taken, decay.init(params), params)
         max_growth, rate = tau_at(state.bound_count), rate_at(state.bound_count)
-        bounded, scales = [], []
-        for spec, w, u, step, taken in zip(
-            leaves.specs, of_weights, of_updates, steps, wide, strict=True
-        ):
+        scales = []
+        for spec, w, u in zip(leaves.specs, of_weights, of_updates, strict=True):
             reference = _reference(spec, w.sigma, growth, min_std, max_std)
-            scale = _scale(reference, u.sigma, max_growth, rate)
-            taken = jnp.expand_dims(scale, spec.matrix_axes).astype(taken.dtype) * taken
-            bounded.append(taken.astype(step.dtype))
-            scales.append(scale)
-        return leaves.put(bounded, updates), WeylBoundState(
+            scales.append(_scale(reference, u.sigma, max_growth, rate))
+        return leaves.times(scales, taken, updates), WeylBoundState(
             bound_count=jnp.asarray(optax.safe_increment(state.bound_count)),
             weight_block=leaves.put([x.block for x in of_weights], state.weight_block),
             update_block=leaves.put([x.block for x in of_updates], state.update_block),

@@ -18,6 +18,8 @@ import optax
 from jax import lax
 from optax.contrib import MuonDimensionNumbers
 
+from weyl_optax._norms import sharding
+
 
 class SplitDimensionNumbers(NamedTuple):
     """How a fused kernel is read: as matrices that lie side by side along an axis.
@@ -109,6 +111,17 @@ class MatrixSpec:
         if isinstance(x, tuple) and len(x) == len(self.part_sizes):
             return x
         return ((x,),) * len(self.part_sizes)  # a state for another reading, which fits no part
+
+    def spread(self, factors: Sequence[jax.Array], a: jax.Array) -> jax.Array:
+        """A factor of each matrix, (*batch), for each part, as it multiplies the leaf `a`."""
+        spread = [jnp.expand_dims(x, self.matrix_axes) for x in factors]
+        if self.split_axis is None:
+            return spread[0]
+        sized = zip(spread, self.part_sizes, strict=True)
+        along = [jnp.repeat(x, size, self.split_axis) for x, size in sized]
+        factor = lax.concatenate(along, self.split_axis)
+        axes = [axis if size > 1 else None for axis, size in enumerate(factor.shape)]
+        return sharding.reshard_as(a, factor, axes)
 
     def join(self, parts: Sequence[Any], like: Any) -> Any:
         """An array like the leaf, or what a state keeps for it, from what each part has."""
@@ -242,6 +255,18 @@ class BoundedLeaves:
         """What another tree of this structure has in their places."""
         leaves = self._treedef.flatten_up_to(tree)
         return [x for i, spec in self._specs.items() for x in spec.split(unbox(leaves[i]))]
+
+    def times(self, factors: Sequence[jax.Array], tree: Any, like: Any) -> Any:
+        """The tree `like`, with each matrix of `tree` times a factor in its place."""
+        leaves, given = map(self._treedef.flatten_up_to, (like, tree))
+        remaining = iter(factors)
+        for i, spec in self._specs.items():
+            a = jnp.asarray(unbox(given[i]))
+            factor = spec.spread([next(remaining) for _ in spec.parts], a)
+            scaled = factor.astype(a.dtype) * a
+            dtype = jnp.result_type(unbox(leaves[i]))
+            leaves[i] = replace_boxed(leaves[i], scaled.astype(dtype))
+        return self._treedef.unflatten(leaves)
 
     def put(self, values: Sequence[Any], tree: Any = None) -> Any:
         """A tree of this structure with the values in their places, and elsewhere as `tree`."""
