@@ -78,8 +78,8 @@ def by_head(
         weight_dimension_numbers: How each leaf is read as matrices, as for
             :func:`scale_by_weyl_bound`: a tree, or a function that makes one. The heads
             must be an axis of their own; where they are not, as in a fused kernel of shape
-            (d, 3 heads dim), write a :class:`SplitDimensionNumbers` with the size ``dim``,
-            3 heads times.
+            (d, 3 * heads * dim), write a :class:`SplitDimensionNumbers` with
+            ``sizes=(dim,) * 3 * heads``.
         paths: Pattern, or patterns, of the paths of attention's leaves, see :mod:`fnmatch`.
             The first of their two output axes (of query, key, value), or else of their two
             reduction axes (of the output), is that of the heads. Others stay as they are.
