@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from weyl_optax import _sharding as sharding
 from weyl_optax._bound import WeylBoundState
-from weyl_optax._norms import sharding
 from weyl_optax._reading.specification import leaves_with_path, path_name
 
 MEASURED = {  # fields of the state, by the names that they get

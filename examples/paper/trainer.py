@@ -26,7 +26,7 @@ class Trainer:
         self.config = config
         self._corpus = corpus
         model = language.make_model(self.config, self._corpus)
-        self._numbers = language.numbers_of(model)
+        self.numbers = language.numbers_of(model)
         self._graph, _, rest = nnx.split(model, nnx.Param, ...)
         self._rest = nnx.as_pure(rest)
         self._jitted_loss = jax.jit(self._loss)
@@ -70,7 +70,7 @@ class Trainer:
 
         def optimizer(rates: jax.Array, settings: dict[str, Any]) -> optax.GradientTransformation:
             made_of = optimizers.Settings(**others | settings)
-            return optimizers.make_at(name, lambda count: rates[count], made_of, self._numbers)
+            return optimizers.make_at(name, lambda count: rates[count], made_of, self.numbers)
 
         @jax.jit
         def init(params: Any, *of_run: Any) -> optax.OptState:

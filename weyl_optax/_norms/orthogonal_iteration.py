@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weyl_optax._norms import sharding
+from weyl_optax import _sharding as sharding
 from weyl_optax._norms.small_problems import together
 from weyl_optax._reading.specification import MatrixSpec
 

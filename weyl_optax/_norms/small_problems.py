@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weyl_optax._norms import sharding
+from weyl_optax import _sharding as sharding
 
 
 def together(fn: Callable[[jax.Array], Any], matrices: Sequence[jax.Array]) -> list[Any]:

@@ -18,7 +18,7 @@ import optax
 from jax import lax
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax._norms import sharding
+from weyl_optax import _sharding as sharding
 
 
 class SplitDimensionNumbers(NamedTuple):

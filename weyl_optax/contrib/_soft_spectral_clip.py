@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from weyl_optax import _sharding as sharding
 from weyl_optax._arguments import check_above
-from weyl_optax._norms import sharding
 from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
 from weyl_optax._reading.granularity import map_entries
 from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn, axes_of

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from weyl_optax import _sharding as sharding
 from weyl_optax._arguments import check_at_least
-from weyl_optax._norms import sharding
 from weyl_optax._norms.orthogonal_iteration import compute_dtype
 
 

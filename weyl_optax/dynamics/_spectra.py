@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from weyl_optax._norms import sharding
+from weyl_optax import _sharding as sharding
 from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
 from weyl_optax._norms.small_problems import singular_values, triangular_factor
 from weyl_optax._spectral_norm import spectral_norm
