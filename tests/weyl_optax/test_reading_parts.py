@@ -25,7 +25,6 @@ PARTS = {
     "latent_attention_fused": {
         "kva": SplitDimensionNumbers((0,), (1,), 1, (5, 2)),
         "kvb": SplitDimensionNumbers((0,), (1, 2), 2, (3, 3)),
-        "qb": SplitDimensionNumbers((0,), (1, 2), 2, (3, 2)),
     },
     "lstm": {
         "w": SplitDimensionNumbers((0,), (1,), 1, (6, 6, 6, 6)),
@@ -78,13 +77,58 @@ def one_piece(w, x):
     return (x @ w)[:, :20] ** 2
 
 
+def partly_rotated(w, x):
+    y = x @ w
+    first, second = halves(y[:, :8])
+    return jnp.concatenate([first - 2 * second, second + 2 * first, y[:, 8:]], -1) ** 2
+
+
+def joined_after_a_map(w, x):
+    pair = jax.lax.map(lambda x: tuple(halves(x @ w)), x)
+    return jnp.concatenate(pair, -1) ** 2
+
+
+def joined_after_a_branch(w, x):
+    pair = jax.lax.cond(x[0, 0] > 0, lambda: halves(x @ w), lambda: halves(2 * x @ w))
+    return jnp.concatenate(pair, -1) ** 2
+
+
+def padded(w, x):
+    first, second = halves(x @ w)
+    return (jnp.pad(first, ((0, 0), (12, 0))) + jnp.pad(second, ((0, 0), (0, 12)))) ** 2
+
+
+def scattered(w, x):
+    y = x @ w
+    return (jnp.zeros(y.shape).at[:, :12].set(y[:, 12:]).at[:, 12:].set(y[:, :12])) ** 2
+
+
+def split_in_one(w, x):
+    (y,) = jnp.split(x @ w, 1, -1)
+    return y**2
+
+
 def strided(w, x):
     return jax.nn.relu((x @ w)[:, ::2]) * (x @ w)[:, 1::2]
 
 
 @pytest.mark.parametrize(
     "fn",
-    [rotated, rotated_halves, complex_pairs, interleaved, cut_in_two_ways, one_piece, strided],
+    [
+        rotated,
+        rotated_halves,
+        partly_rotated,
+        complex_pairs,
+        interleaved,
+        cut_in_two_ways,
+        one_piece,
+        joined_after_a_map,
+        joined_after_a_branch,
+        padded,
+        scattered,
+        split_in_one,
+        strided,
+    ],
 )
 def test_one_matrix_stays_one(fn):
     numbers = dimension_numbers_from(fn, f32(6, 24), f32(2, 6), by_part=True)
@@ -127,6 +171,28 @@ def test_parts_of_layers_that_are_scanned_over():
         "down  (3, 8, 6)   3 matrices of 8 x 6",
         "up    (3, 6, 16)  3 matrices of 6 x 8, 3 matrices of 6 x 8",
     ]
+
+
+def test_positions_that_are_cut_are_no_fused_bias():
+    def loss(params, x):
+        h = x + params["positions"]
+        return h[:, 0] @ params["a"], jax.nn.relu(h[:, 1:]) @ params["b"]
+
+    params = {"positions": f32(5, 6), "a": f32(6, 4), "b": f32(6, 4)}
+    whole = dimension_numbers_from(loss, params, f32(2, 5, 6))
+    assert dimension_numbers_from(loss, params, f32(2, 5, 6), by_part=True) == whole
+
+
+def test_groups_that_are_summed_over_are_no_axis_of_the_leaf():
+    numbers = jax.lax.RaggedDotDimensionNumbers((([0], [0]), ([], [])), [0], [])
+
+    def loss(w, x):
+        y = jax.lax.ragged_dot_general(x, w, jnp.array([2, 4]), numbers)
+        return jnp.tanh(y[:, :2]) * y[:, 2:]
+
+    assert isinstance(
+        dimension_numbers_from(loss, f32(6, 4), f32(6, 4), by_part=True), MuonDimensionNumbers
+    )
 
 
 def test_an_override_counts_before_the_parts():

@@ -293,7 +293,7 @@ def _image(spec: MatrixSpec, a: jax.Array, v: jax.Array, seed: jax.Array) -> Ima
     """The image, with one vector more.
 
     Each vector is scaled to a largest entry of 1: no product and no Gram matrix overflows or
-    underflows. What follows is exact for the R that there is, in however few bits.
+    underflows.
     """
     labels = Labels.of(spec)
     axis = labels.block.index("y")

@@ -41,7 +41,7 @@ def weight_vectors(
         if spec is None or not spec.reduction:
             return None
         axes = spec.reduction if per == "unit" else spec.matrix_axes
-        if math.prod(spec.sizes(axes)) == 1:
+        if any(math.prod(part.sizes(axes)) == 1 for part in spec.parts):
             return None
         if spec.split_axis in axes:
             return SplitDimensionNumbers((), axes, spec.split_axis, spec.part_sizes)

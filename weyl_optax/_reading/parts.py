@@ -38,7 +38,7 @@ _UNCHANGED = frozenset(
     "sharding_constraint".split()
 )
 _SUMS = frozenset("add add_any complex select_n sub".split())
-_CONCATENATIONS = frozenset("concatenate stack".split())
+_CONCATENATIONS = frozenset("concatenate dynamic_update_slice scatter scatter-add stack".split())
 
 
 def parts_of(
@@ -66,12 +66,32 @@ def parts_of(
 
 
 def in_parts(
+    numbers: Mapping[str, MuonDimensionNumbers], parts: Mapping[str, Mapping[int, tuple[int, ...]]]
+) -> dict[str, DimensionNumbers]:
+    """The same, in parts. A vector is, where a kernel has parts of these sizes: as its bias."""
+    of_kernels = {
+        sizes
+        for path, found in parts.items()
+        if path in numbers and axes_of(numbers[path].reduction_axis)
+        for sizes in found.values()
+    }
+    return {
+        path: _in_parts(
+            entry,
+            {
+                axis: sizes
+                for axis, sizes in parts.get(path, {}).items()
+                if axes_of(entry.reduction_axis) or sizes in of_kernels
+            },
+        )
+        for path, entry in numbers.items()
+    }
+
+
+def _in_parts(
     numbers: MuonDimensionNumbers, sizes: Mapping[int, tuple[int, ...]]
 ) -> DimensionNumbers:
-    """The same, in the parts of the first output axis that has some.
-
-    If each is one index, it is a batch axis.
-    """
+    """In the parts of the first output axis that has some: if each is one index, a batch axis."""
     output = axes_of(numbers.output_axis)
     for axis in output:
         if axis in sizes and max(sizes[axis]) > 1:
@@ -107,10 +127,13 @@ class _Reader:
             n_consts, n_carry = params["num_consts"], params["num_carry"]
             xs = zip(operands[n_consts + n_carry :], shapes[n_consts + n_carry :], strict=True)
             at_one = [_moved(spans, _without([0], shape)) for spans, shape in xs]
-            self.run(params["jaxpr"].jaxpr, [*operands[:n_consts], *[_NONE] * n_carry, *at_one])
+            inside = [*operands[:n_consts], *[_NONE] * n_carry, *at_one]
+            results = self.run(params["jaxpr"].jaxpr, inside)
+            stacked = [_moved(spans, _behind_a_new_axis(spans)) for spans in results[n_carry:]]
+            return [*results[:n_carry], *stacked]
         elif name == "cond":
-            for branch in params["branches"]:
-                self.run(branch.jaxpr, operands[1:])
+            branches = [self.run(branch.jaxpr, operands[1:]) for branch in params["branches"]]
+            return [_NONE.union(*spans) for spans in zip(*branches, strict=True)]
         elif name != "while" and (body := body_of(eqn)):
             return self.run(body, operands)
         elif name in ("slice", "split", "unstack"):
@@ -120,13 +143,17 @@ class _Reader:
         elif name in _SUMS:
             return [self.join(operands)]
         elif name in _CONCATENATIONS:
-            self.join(operands)
+            return [_only_pieces(self.join(operands))]
+        elif name == "pad":
+            return [_only_pieces(operands[0])]
         elif name == "mul":
             return [_linear(*operands) | _linear(*operands[::-1])]
         elif name == "div":
             return [_linear(*operands)]
         elif name in ("dot_general", "ragged_dot_general"):
             x, y, *_ = operands
+            if not _has_free_groups(params):
+                return [_NONE]
             lhs, rhs = _product_axes(params, *map(len, shapes[:2]))
             return [_moved(_linear(x, y), lhs) | _moved(_linear(y, x), rhs)]
         elif name == "reshape":
@@ -155,6 +182,8 @@ class _Reader:
             return [spans]
         axis = params["axis"]
         sizes = params.get("sizes", [1] * shape[axis])
+        if len(sizes) == 1 and eqn.primitive.name == "split":
+            return [spans]
         ends = zip(accumulate(sizes), sizes, strict=True)
         pieces = [self.piece(spans, axis, end - size, end) for end, size in ends]
         if eqn.primitive.name == "unstack":
@@ -162,15 +191,18 @@ class _Reader:
         return pieces
 
     def piece(self, spans: _Spans, axis: int, start: int, end: int) -> _Spans:
-        """Those of a piece along an axis. A piece of a piece is not followed."""
+        """Those of a piece along an axis. A piece of a piece counts as that piece."""
         kept = set()
         for span in spans:
             if span.axis == axis:
                 first, last = start * span.step, end * span.step
-                if span.piece or first.denominator > 1 or last.denominator > 1:
+                if first.denominator > 1 or last.denominator > 1:
                     continue
-                span = span._replace(piece=(int(first), int(last)))
-                self.pieces[span.path, span.leaf_axis].add((int(first), int(last)))
+                if span.piece:
+                    span = span._replace(axis=None)
+                else:
+                    span = span._replace(piece=(int(first), int(last)))
+                    self.pieces[span.path, span.leaf_axis].add((int(first), int(last)))
             kept.add(span)
         return frozenset(kept)
 
@@ -196,6 +228,24 @@ def _moved(spans: _Spans, to: Mapping[int, int | None]) -> _Spans:
         for span in spans
         if span.axis is None or span.axis in to
     )
+
+
+def _only_pieces(spans: _Spans) -> _Spans:
+    """Those of pieces, wherever their axis has gone."""
+    return frozenset(span._replace(axis=None) for span in spans if span.piece)
+
+
+def _behind_a_new_axis(spans: _Spans) -> dict[int, int | None]:
+    """Where axes are when there is one more before them."""
+    return {span.axis: span.axis + 1 for span in spans if span.axis is not None}
+
+
+def _has_free_groups(params: Mapping[str, Any]) -> bool:
+    """Whether the groups of a product, if it has some, are of the rows of its result."""
+    if (ragged := params.get("ragged_dot_dimension_numbers")) is None:
+        return True
+    (lhs_summed, _), (lhs_batch, _) = ragged.dot_dimension_numbers
+    return not {*lhs_summed, *lhs_batch}.intersection(ragged.lhs_ragged_dimensions)
 
 
 def _without(dropped: Sequence[int], shape: Sequence[int]) -> dict[int, int | None]:

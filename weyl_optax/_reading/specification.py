@@ -30,9 +30,9 @@ class SplitDimensionNumbers(NamedTuple):
     devices divide every size.
 
     Args:
-        reduction_axis: The axes of the rows, as there.
+        reduction_axis: The axes of the rows, as in ``MuonDimensionNumbers``.
         output_axis: Those of the columns.
-        split_axis: The axis along which the parts lie, one of these, and written as there.
+        split_axis: The axis along which the parts lie, one of those two, and written as there.
         sizes: The sizes of the parts along it, which add up to that of the axis.
 
     Example:
@@ -108,7 +108,9 @@ class MatrixSpec:
             return (x,)
         if shape_of(x) == self.shape:
             return lax.split(jnp.asarray(x), self.part_sizes, self.split_axis)
-        if isinstance(x, tuple) and len(x) == len(self.part_sizes):
+        if x is None:
+            return (None,) * len(self.part_sizes)
+        if isinstance(x, (tuple, list)) and len(x) == len(self.part_sizes):
             return x
         return ((x,),) * len(self.part_sizes)  # a state for another reading, which fits no part
 
@@ -439,17 +441,16 @@ def _matrix_spec(
     spec = MatrixSpec(shape, batch, reduction, output)
     if isinstance(numbers, MuonDimensionNumbers):
         return spec
-    (split_axis,), sizes = normalize(numbers.split_axis), tuple(numbers.sizes)
-    if numbers.split_axis not in (
-        *axes_of(numbers.reduction_axis),
-        *axes_of(numbers.output_axis),
-    ):
+    (split_axis, *others), sizes = normalize(numbers.split_axis), axes_of(numbers.sizes)
+    written = (*axes_of(numbers.reduction_axis), *axes_of(numbers.output_axis))
+    if others or numbers.split_axis not in written:
         raise ValueError(
             f"weight_dimension_numbers has {numbers} {where}: split_axis must be one of its "
             "reduction or output axes, written alike. On a batch axis, each index is a matrix of "
             "its own anyway."
         )
-    if sum(sizes) != shape[split_axis] or min(sizes) < 1:
+    is_positive = all(isinstance(size, (int, np.integer)) and size > 0 for size in sizes)
+    if not is_positive or sum(sizes) != shape[split_axis]:
         raise ValueError(
             f"weight_dimension_numbers has {numbers} {where}: the sizes of its parts must be "
             f"positive and add up to {shape[split_axis]}, that of axis {split_axis}."

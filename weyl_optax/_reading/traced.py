@@ -79,7 +79,7 @@ def dimension_numbers_from(
             their leaves, `None` to leave them unbounded. The first that matches counts.
         by_part: Whether a fused kernel is several matrices: those into which slices, a split or
             an unstack cut its product with the inputs, or the kernel itself. So is its bias.
-            Pieces that are added up or put side by side again are none.
+            Pieces that are added up or put side by side again are not split.
         **kwargs: As `args`.
 
     Returns:
@@ -139,8 +139,7 @@ def dimension_numbers_from(
     if by_part:
         arrays = zip(paths, entries, strict=True)
         operands = [(path, array.shape) for path, (_, array) in arrays if _is_array(array)]
-        found = parts_of(jaxpr, operands)
-        numbers |= {path: in_parts(numbers[path], found[path]) for path in leaves if path in found}
+        numbers |= in_parts({path: numbers[path] for path in leaves}, parts_of(jaxpr, operands))
     return treedef.unflatten([numbers.get(path) for path in paths])
 
 
