@@ -193,7 +193,10 @@ def _signs(a: Any, labels: Labels, shape: Sequence[int], seed: jax.typing.ArrayL
 
 def _replaced(x: jax.Array, axis: int, place: int, vector: jax.Array) -> jax.Array:
     """X with another vector in a place."""
-    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, axis) == place, vector, x)
+    index = lax.broadcasted_iota(  # of size 1 elsewhere: so it lies with `x` on explicit axes
+        jnp.int32, [x.shape[i] if i == axis else 1 for i in range(x.ndim)], axis
+    )
+    return jnp.where(index == place, vector, x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
