@@ -35,19 +35,6 @@ def test_each_run_is_a_line_and_none_is_trained_twice(tmp_path, capsys):
     ]
 
 
-@pytest.mark.slow
-def test_it_trains(tmp_path, capsys):
-    flags = cap_ranks.Flags(
-        models=("swin",), ranks=(0, 8), steps=(2,), learning_rates=(0.01,),
-        table=tmp_path / "table.jsonl", out=tmp_path / "out",
-    )  # fmt: skip
-    cap_ranks.main(flags, cap_ranks.prepare(flags))
-    losses = [json.loads(line)["val_loss"] for line in flags.table.read_text().splitlines()]
-    assert all(1 < loss < 4 for loss in losses)
-    assert losses[0] != losses[1]
-    assert f"| {losses[0]:.3f}  | {losses[1]:.3f}  |" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
