@@ -277,6 +277,15 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"--out {folder} is a file. Name a folder.")
 
 
+def check_lists(flags: Any, *names: str) -> None:
+    """Raises ValueError where a flag of several values has none, or one twice."""
+    for name in names:
+        values = getattr(flags, name)
+        if not values or len(set(values)) < len(values):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: name at least one, and each once.")
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())

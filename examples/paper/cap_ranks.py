@@ -48,11 +48,7 @@ def prepare(flags: Flags) -> dict[str, nano.Nano]:
     Raises:
         ValueError: If a flag is out of range.
     """
-    for name in ("models", "ranks", "steps", "learning_rates"):
-        values = getattr(flags, name)
-        if not values or len(set(values)) < len(values):
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}: name at least one, and each once.")
+    program.check_lists(flags, "models", "ranks", "steps", "learning_rates")
     program.check_folder(flags.out)
     models = {name: nano.load(name) for name in flags.models}
     for run in runs(flags):

@@ -36,9 +36,7 @@ def prepare(flags: Flags) -> dict[str, nano.Nano]:
     Raises:
         ValueError: If a flag is out of range, or if it would lose or mix runs.
     """
-    for name, values in (("models", flags.models), ("taus", flags.taus)):
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"--{name}: name at least one, and each once.")
+    program.check_lists(flags, "models", "taus")
     tasks = {}
     for name in flags.models:
         model = nano.load(name)

@@ -15,7 +15,7 @@ from examples import optimizers, plots, program, tables
 from examples.paper import nano
 from examples.paper.trainer import Trainer
 from examples.text_data import Corpus
-from weyl_optax import SpectralCapState, spectral_cap
+from weyl_optax import spectral_cap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +74,10 @@ def updates(trainer: Trainer, corpus: Corpus) -> tuple[Any, Any]:
     run, batches = trainer.run("adamw2_cap", settings), trainer.batches(corpus.train, config.seed)
     middle = config.steps // 2
     state, *_ = run.train(run.start(trainer.params(config.seed)), batches[:middle])
-    cap_state = jax.tree.map(jnp.copy, _of_type(state[1], SpectralCapState))
+    cap_state = jax.tree.map(jnp.copy, optax.tree.get(state[1], "SpectralCapState"))
     state, *_ = run.train(state, batches[middle : middle + 1])
 
-    adam = _of_type(state[1], optax.ScaleByAdamState)
+    adam = optax.tree.get(state[1], "ScaleByAdamState")
     mean = optax.tree.bias_correction(adam.mu, config.b1, adam.count)
     square = optax.tree.bias_correction(adam.nu, config.b2, adam.count)
     update = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + 1e-8), mean, square)
@@ -85,12 +85,6 @@ def updates(trainer: Trainer, corpus: Corpus) -> tuple[Any, Any]:
     hidden = jax.tree.map(lambda u, keep: u if keep else optax.MaskedNode(), update, is_hidden)
     cap = spectral_cap(config.cap_rank, trainer.numbers)
     return hidden, cap.update(hidden, cap_state)[0]
-
-
-def _of_type(opt_state: Any, type_: type) -> Any:
-    """The state of one transform in that of a chain."""
-    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, type_))
-    return next(x for x in states if isinstance(x, type_))
 
 
 def singular_values(update: Any, kind: str) -> np.ndarray:
