@@ -69,18 +69,21 @@ def pmapped(state, train_step, *inputs):
     return states(state, one_step)
 
 
+# Of the Transformers in lm1b, wmt and nlp_seq.
+SIZES = {
+    "emb_dim": 8,
+    "num_heads": 2,
+    "num_layers": 1,
+    "qkv_dim": 8,
+    "mlp_dim": 12,
+    "max_len": 6,
+}
+
+
 def language_model(**config):
     train, models = example("lm1b", "train", "models")
-    sizes = {
-        "emb_dim": 8,
-        "num_heads": 2,
-        "num_layers": 1,
-        "qkv_dim": 8,
-        "mlp_dim": 12,
-        "max_len": 6,
-    }
     config = models.TransformerConfig(
-        vocab_size=13, output_vocab_size=13, deterministic=True, **sizes, **config
+        vocab_size=13, output_vocab_size=13, deterministic=True, **SIZES, **config
     )
     model = models.TransformerLM(config)
     params = model.init(jax.random.key(0), TOKENS)["params"]
@@ -123,12 +126,7 @@ def wmt():
         output_vocab_size=13,
         share_embeddings=True,
         logits_via_embedding=True,
-        emb_dim=8,
-        num_heads=2,
-        num_layers=1,
-        qkv_dim=8,
-        mlp_dim=12,
-        max_len=6,
+        **SIZES,
         deterministic=True,
     )
     model = models.Transformer(config)
@@ -159,12 +157,7 @@ def nlp_seq():
         models.TransformerConfig(
             vocab_size=13,
             output_vocab_size=5,
-            emb_dim=8,
-            num_heads=2,
-            num_layers=1,
-            qkv_dim=8,
-            mlp_dim=12,
-            max_len=6,
+            **SIZES,
         )
     )
     params = model.init(jax.random.key(0), inputs=TOKENS, train=False)["params"]
