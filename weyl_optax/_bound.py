@@ -198,10 +198,13 @@ def scale_by_weyl_bound(
             )
         leaves = BoundedLeaves(params, weight_dimension_numbers, updates)
         _check_reading(leaves, state)
-        weights = [jnp.asarray(w) for w in leaves.of(params)]
-        steps = [jnp.asarray(u) for u in leaves.of(updates)]
-        wide = [u.astype(iteration.compute_dtype(w)) for u, w in zip(steps, weights, strict=True)]
-        found = iteration.search(
+        n = len(leaves.specs)
+        weights = list(map(jnp.asarray, leaves.of(params)))
+        wide = [
+            jnp.asarray(u).astype(iteration.compute_dtype(w))
+            for u, w in zip(leaves.of(updates), weights, strict=True)
+        ]
+        sigmas, blocks, _ = iteration.search(
             weights + wide,
             leaves.specs * 2,
             leaves.of(state.weight_block) + leaves.of(state.update_block),
@@ -209,7 +212,6 @@ def scale_by_weyl_bound(
             jnp.where(state.bound_count == 0, iteration.COLD_ITERS, 0) + num_iters,
             state.bound_count,
         )
-        of_weights, of_updates = found[: len(weights)], found[len(weights) :]
         taken = leaves.put(wide, updates)
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
             strength: Any = decay_at(state.bound_count)
@@ -217,15 +219,15 @@ def scale_by_weyl_bound(
             taken, _ = decay.update(taken, decay.init(params), params)
         max_growth, rate = tau_at(state.bound_count), rate_at(state.bound_count)
         scales = []
-        for spec, w, u in zip(leaves.specs, of_weights, of_updates, strict=True):
-            reference = _reference(spec, w.sigma, growth, min_std, max_std)
-            scales.append(_scale(reference, u.sigma, max_growth, rate))
+        for spec, of_weight, of_update in zip(leaves.specs, sigmas[:n], sigmas[n:], strict=True):
+            reference = _reference(spec, of_weight, growth, min_std, max_std)
+            scales.append(_scale(reference, of_update, max_growth, rate))
         return leaves.times(scales, taken, updates), WeylBoundState(
             bound_count=jnp.asarray(optax.safe_increment(state.bound_count)),
-            weight_block=leaves.put([x.block for x in of_weights], state.weight_block),
-            update_block=leaves.put([x.block for x in of_updates], state.update_block),
-            sigma_weight=leaves.put([x.sigma for x in of_weights], state.sigma_weight),
-            sigma_update=leaves.put([x.sigma for x in of_updates], state.sigma_update),
+            weight_block=leaves.put(blocks[:n], state.weight_block),
+            update_block=leaves.put(blocks[n:], state.update_block),
+            sigma_weight=leaves.put(sigmas[:n], state.sigma_weight),
+            sigma_update=leaves.put(sigmas[n:], state.sigma_update),
             bound_scale=leaves.put(scales, state.bound_scale),
         )
 
@@ -241,7 +243,7 @@ def _check_reading(leaves: BoundedLeaves, state: WeylBoundState) -> None:
         leaves.of(state.weight_block),
         strict=True,
     ):
-        found = tuple(jax.tree.map(jnp.shape, x) for x in (sigma, block))
+        found = jax.tree.map(jnp.shape, (sigma, block))
         if found != (spec.batch_shape, iteration.block_shape(spec)):
             was = "unbounded" if sigma is None else f"norms of shape {found[0]}, a block {found[1]}"
             raise ValueError(

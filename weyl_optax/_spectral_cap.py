@@ -107,7 +107,7 @@ def spectral_cap(
             _check_block(path, spec, block, rank_of(spec))
         capped = [i for i, block in enumerate(blocks) if block is not None]
         specs = [leaves.specs[i] for i in capped]
-        found = iteration.search(
+        _, new, excesses = iteration.search(
             [steps[i] for i in capped],
             specs,
             [blocks[i] for i in capped],
@@ -115,9 +115,9 @@ def spectral_cap(
             state.cap_count,
             list(map(rank_of, specs)),
         )
-        for i, spec, x in zip(capped, specs, found, strict=True):
-            steps[i] = iteration.without_excess(steps[i], spec, x).astype(steps[i].dtype)
-            blocks[i] = x.block
+        for i, spec, block, excess in zip(capped, specs, new, excesses, strict=True):
+            lowered = iteration.without_excess(steps[i], spec, block, excess)
+            steps[i], blocks[i] = lowered.astype(steps[i].dtype), block
         return leaves.put(steps, updates), SpectralCapState(
             jnp.asarray(optax.safe_increment(state.cap_count)),
             leaves.put(blocks, state.cap_block),

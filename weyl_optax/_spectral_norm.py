@@ -50,7 +50,6 @@ def spectral_norm(
     """
     check_at_least("num_iters", num_iters, 1)
     leaves = BoundedLeaves(tree, weight_dimension_numbers)
-    matrices = [jnp.asarray(x) for x in leaves.of(tree)]
-    blocks = [iteration.new_block(a, spec) for a, spec in zip(matrices, leaves.specs, strict=True)]
-    found = iteration.search(matrices, leaves.specs, blocks, num_iters)
-    return leaves.put([x.sigma for x in found])
+    matrices = list(map(jnp.asarray, leaves.of(tree)))
+    blocks = list(map(iteration.new_block, matrices, leaves.specs))
+    return leaves.put(iteration.search(matrices, leaves.specs, blocks, num_iters).sigmas)

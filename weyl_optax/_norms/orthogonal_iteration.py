@@ -42,11 +42,11 @@ SHORT_SIDE = 16  # up to which a Gram matrix is cheaper than a search, and exact
 
 
 class Search(NamedTuple):
-    """What is known of the matrices of a leaf."""
+    """What is known of the matrices of some leaves, an entry for each leaf."""
 
-    sigma: jax.Array  # (*batch,): their spectral norms
-    block: jax.Array | None  # the next block; None for a matrix that is not searched
-    excess: jax.Array | None  # X, like images of the block's first vectors: a cap takes X V^H away
+    sigmas: list[jax.Array]  # (*batch,): their spectral norms
+    blocks: list[Any]  # the next blocks; None for a matrix that is not searched
+    excesses: list[Any]  # X, an image of the first vectors: a cap takes X V^H away; or None
 
 
 def compute_dtype(x: Any) -> Any:
@@ -99,7 +99,7 @@ def search(
     num_iters: jax.typing.ArrayLike,
     seed: jax.typing.ArrayLike = 0,
     ranks: Sequence[int] | None = None,
-) -> list[Search]:
+) -> Search:
     """Search every matrix of some leaves, from blocks.
 
     Args:
@@ -111,32 +111,26 @@ def search(
         ranks: How many singular values of each leaf are to be lowered by a cap.
 
     Returns:
-        For each leaf, the norms: exact for vectors and matrices with a side of at most
-        `SHORT_SIDE`, estimates from below for others, NaN where one is not finite. They have
-        the derivative u v^H, of the leading singular vectors. The block of a matrix that is zero
-        or not finite stays as it was.
+        The norms: exact for vectors and matrices with a side of at most `SHORT_SIDE`, estimates
+        from below for others, NaN where one is not finite. They have the derivative u v^H, of the
+        leading singular vectors. The block of a matrix that is zero or not finite stays as it was.
     """
     fixed = lax.stop_gradient((list(leaves), list(blocks)))
     found = _search(tuple(specs), tuple(ranks or [0] * len(specs)), *fixed, num_iters, seed)
-    return [
-        Search(
-            _differentiable(spec, a, leading, sigma),
-            block,
-            None if excess is None else _no_derivative(excess, a),
-        )
-        for a, spec, (sigma, leading, block, excess) in zip(leaves, specs, found, strict=True)
-    ]
+    sigmas, leading, new, excesses = map(list, zip(*found, strict=True)) if found else ([],) * 4
+    sigmas = list(map(_differentiable, specs, leaves, leading, sigmas))
+    return Search(sigmas, new, list(map(_no_derivative, excesses, leaves)) if ranks else excesses)
 
 
-def without_excess(u: jax.Array, spec: MatrixSpec, found: Search) -> jax.Array:
+def without_excess(
+    u: jax.Array, spec: MatrixSpec, block: jax.Array, excess: jax.Array
+) -> jax.Array:
     """The leaf, with its leading singular values lowered by the cap."""
-    if found.block is None or found.excess is None:
-        return u
     labels = Labels.of(spec)
-    rank = found.excess.shape[labels.image.index("y")]
-    v = lax.slice_in_dim(found.block, 0, rank, axis=labels.block.index("y"))
+    rank = excess.shape[labels.image.index("y")]
+    v = lax.slice_in_dim(block, 0, rank, axis=labels.block.index("y"))
     # Columns before rows: the product lies as the leaf.
-    sides = sorted([(labels.image, found.excess), (labels.block, jnp.conj(v))],
+    sides = sorted([(labels.image, excess), (labels.block, jnp.conj(v))],
                    key=lambda side: side[0].index("y") == len(labels.batch))  # fmt: skip
     expression = f"{sides[0][0]},{sides[1][0]}->{labels.leaf}"
     return u - _einsum(u, labels, lax.Precision.HIGH, expression, sides[0][1], sides[1][1])
@@ -193,10 +187,9 @@ def _signs(a: Any, labels: Labels, shape: Sequence[int], seed: jax.typing.ArrayL
 
 def _replaced(x: jax.Array, axis: int, place: int, vector: jax.Array) -> jax.Array:
     """X with another vector in a place."""
-    index = lax.broadcasted_iota(  # of size 1 elsewhere: so it lies with `x` on explicit axes
-        jnp.int32, [x.shape[i] if i == axis else 1 for i in range(x.ndim)], axis
-    )
-    return jnp.where(index == place, vector, x)
+    sizes = [1] * x.ndim  # elsewhere: so the index lies with `x` on explicit axes
+    sizes[axis] = x.shape[axis]
+    return jnp.where(lax.broadcasted_iota(jnp.int32, sizes, axis) == place, vector, x)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -209,23 +202,26 @@ def _search(
     seed: jax.Array,
 ) -> list[Any]:
     """For each leaf the norms, the leading vectors of its shorter side, the block, the excess."""
-    found: list[Any] = [None] * len(specs)
-    short, long = [], []
-    for i, (spec, a) in enumerate(zip(specs, leaves, strict=True)):
-        leaves[i] = a.astype(compute_dtype(a))
+    found: dict[int, Any] = {}
+    short, long = {}, {}
+    for i, (spec, rank, a, block) in enumerate(zip(specs, ranks, leaves, blocks, strict=True)):
+        a = a.astype(compute_dtype(a))
         side = min(spec.matrix_shape)
         if side == 1:
-            found[i] = _vector_norm(spec, leaves[i]), None, None, None
+            found[i] = _vector_norm(spec, a), None, None, None
+        elif side <= SHORT_SIDE:
+            short[i] = _gram_of_side(spec, a)
         else:
-            (short if side <= SHORT_SIDE else long).append(i)
-    of_short = _exact(*[[x[i] for i in short] for x in (specs, leaves)])
-    of_long = _iterate(*[[x[i] for i in long] for x in (specs, ranks, leaves, blocks)],
-                       num_iters=num_iters, seed=seed)  # fmt: skip
-    for i, result in zip(short + long, of_short + of_long, strict=True):
-        found[i] = result
+            long[i] = spec, rank, a, block
+    spectra = together(_eigh, [gram for gram, _ in short.values()])
+    for (i, (_, size)), spectrum in zip(short.items(), spectra, strict=True):
+        found[i] = _exact(specs[i], size, spectrum)
+    if long:
+        of_long = _iterate(*zip(*long.values(), strict=True), num_iters=num_iters, seed=seed)
+        found |= zip(long, of_long, strict=True)
     return [
-        (sharding.reshard_as(a, sigma, spec.batch), *rest)
-        for a, spec, (sigma, *rest) in zip(leaves, specs, found, strict=True)
+        (sharding.reshard_as(a, found[i][0], spec.batch), *found[i][1:])
+        for i, (a, spec) in enumerate(zip(leaves, specs, strict=True))
     ]
 
 
@@ -238,8 +234,6 @@ def _iterate(
     seed: jax.Array,
 ) -> list[Any]:
     """Of matrices with two long sides, as `_search`, in iterations of all of them."""
-    if not leaves:
-        return []
     iteration = functools.partial(_iteration, specs, ranks, leaves)
     blocks = list(map(sharding.vary_as, leaves, blocks))
     of_sigmas, _, of_excesses = jax.eval_shape(iteration, blocks, seed)
@@ -253,8 +247,10 @@ def _iterate(
             list(map(sharding.zeros_of, leaves, of_excesses)),
         ),
     )
-    axes = [Labels.of(spec).block.index("y") for spec in specs]
-    leading = [lax.index_in_dim(v, 0, i, keepdims=False) for v, i in zip(blocks, axes, strict=True)]
+    leading = [
+        lax.index_in_dim(v, 0, Labels.of(spec).block.index("y"), keepdims=False)
+        for spec, v in zip(specs, blocks, strict=True)
+    ]
     return list(zip(sigmas, leading, blocks, excesses, strict=True))
 
 
@@ -398,14 +394,13 @@ def _vector_norm(spec: MatrixSpec, a: jax.Array) -> jax.Array:
     return size * jnp.sqrt(jnp.sum(a * a, axis=spec.matrix_axes))
 
 
-def _exact(specs: Sequence[MatrixSpec], leaves: Sequence[jax.Array]) -> list[Any]:
-    """Of matrices with a short side, as `_search`."""
-    grams, sizes = zip(*map(_gram_of_side, specs, leaves), strict=True) if leaves else ([], [])
-    found = []
-    for spec, size, (squares, p) in zip(specs, sizes, together(_eigh, grams), strict=True):
-        leading = jnp.conj(p[..., 0]).reshape(*spec.batch_shape, *_short_shape(spec))
-        found.append((size * jnp.sqrt(squares[..., 0]), leading, None, None))
-    return found
+def _exact(spec: MatrixSpec, size: jax.Array, spectrum: tuple[jax.Array, jax.Array]) -> Any:
+    """Of matrices with a short side, as `_search`, from the Gram matrix of this side."""
+    squares, p = spectrum
+    labels = Labels.of(spec)
+    side = [labels.leaf.index(labels.block[i]) for i in labels.vector_axes(labels.block)]
+    leading = jnp.conj(p[..., 0]).reshape(*spec.batch_shape, *spec.sizes(side))
+    return size * jnp.sqrt(squares[..., 0]), leading, None, None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -418,14 +413,6 @@ def _gram_of_side(spec: MatrixSpec, a: jax.Array) -> tuple[jax.Array, jax.Array]
     expression = f"{labels.leaf},{other}->{labels.batch}{side}{side.upper()}"
     gram = _einsum(a, None, lax.Precision.HIGHEST, expression, jnp.conj(a), a)
     return gram.reshape(*spec.batch_shape, *[min(spec.matrix_shape)] * 2), size
-
-
-def _short_shape(spec: MatrixSpec) -> list[int]:
-    """The sizes of the axes of the shorter side."""
-    labels = Labels.of(spec)
-    return [
-        spec.shape[labels.leaf.index(labels.block[i])] for i in labels.vector_axes(labels.block)
-    ]
 
 
 def _gram(a: jax.Array, labels: Labels, side: str, x: jax.Array) -> jax.Array:
