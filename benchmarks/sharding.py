@@ -199,6 +199,7 @@ def measure_layout(model: ModelName, name: LayoutName, flags: Flags) -> list[dic
                 # On each device: params, gradients and state; and what else an update takes.
                 "arrays MB": memory.argument_size_in_bytes / 1e6,
                 "temporary MB": memory.temp_size_in_bytes / 1e6,
+                "accessed MB": program.cost_analysis()["bytes accessed"] / 1e6,
                 "compile s": seconds,
                 "code MB": memory.generated_code_size_in_bytes / 1e6,
             }

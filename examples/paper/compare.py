@@ -38,6 +38,9 @@ class Flags:
     """What to train."""
     steps: int = 800
     """Updates of a run."""
+    batch: int | None = None
+    """Sequences in a batch; by default, those of the model. Change --steps with it, for a run of
+    as many tokens."""
     runs: tuple[optimizers.Name, ...] = (
         "adamw_warmup", "adamw", "muon", "adamw2", "adamw2_cap", "muon_bound", "lion",
         "adamw2_warmup", "radam", "schedule_free", "muon_warmup", "scion", "normuon",
@@ -80,7 +83,8 @@ def prepare(flags: Flags) -> Text:
         language.check_length(config, corpus)
     if flags.table.is_dir():
         raise ValueError(f"--table {flags.table} is a folder. Name a file.")
-    return dataclasses.replace(config, steps=flags.steps), corpus
+    batch = config.batch if flags.batch is None else flags.batch
+    return dataclasses.replace(config, steps=flags.steps, batch=batch), corpus
 
 
 def main(flags: Flags, text: Text) -> None:

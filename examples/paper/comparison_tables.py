@@ -62,11 +62,12 @@ def differences(tuned: Mapping[str, Tuned]) -> list[Row]:
         name: {line["seed"]: _loss(line, "test_loss") for line in t.fresh}
         for name, t in tuned.items()
     }
-    rows = [("test loss, less that of", *(LABELS[name] for name in AGAINST))]
+    against = [name for name in AGAINST if name in tuned]
+    rows = [("test loss, less that of", *(LABELS[name] for name in against))]
     for name, of_seeds in losses.items():
         cells = []
-        for other in AGAINST:
-            seeds = sorted(of_seeds.keys() & losses.get(other, {}).keys())
+        for other in against:
+            seeds = sorted(of_seeds.keys() & losses[other].keys())
             apart = [of_seeds[seed] - losses[other][seed] for seed in seeds]
             cells.append(interval(apart, sign="+") if apart and name != other else "")
         rows.append((LABELS[name], *cells))

@@ -28,7 +28,7 @@ class Flags:
     What the table has is not trained again.
     """
 
-    runs: tuple[optimizers.Name, ...] = ("adamw", "adamw_warmup", "muon", "adamw2", "muon_bound")
+    runs: tuple[optimizers.Name, ...] = ("adamw_warmup", "adamw2_cap", "adamw", "muon")
     """The optimizers."""
     steps: int = 800
     """Updates of a run, as in the comparison."""

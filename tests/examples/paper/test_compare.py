@@ -156,6 +156,7 @@ def test_flags_that_do_not_fit_are_errors(tmp_path):
         ({"data": tmp_path / "short.txt"}, "too few for one window of 128"),
         ({"table": tmp_path}, "is a folder. Name a file"),
         ({"steps": 5}, "at least 20"),
+        ({"batch": 0}, "batch 0"),
         ({"runs": ()}, "--runs has to name an optimizer"),
         ({"runs": ("qk_clip",)}, "--runs qk_clip"),
         ({"seeds": 1}, "--seeds at least 2"),
@@ -165,3 +166,6 @@ def test_flags_that_do_not_fit_are_errors(tmp_path):
         with pytest.raises(ValueError, match=message):
             compare.prepare(compare.Flags(**{"out": out, "table": tmp_path / "t"} | flags))
         assert not out.exists()
+    flags = compare.Flags(out=tmp_path, table=tmp_path / "t", batch=64, steps=200)
+    config, _ = compare.prepare(flags)
+    assert (config.batch, config.steps) == (64, 200)
