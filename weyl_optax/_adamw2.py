@@ -47,18 +47,18 @@ def adamw2(
         \end{align*}
 
     where :math:`s` is ``max_std``. Algorithm 1 of the paper has :math:`\sigma_1(W_{t-1})` in
-    place of the inner minimum, and its one :math:`\varepsilon` under the root: that is
-    ``growth="exponential"``, ``min_std=0``, and ``eps=0`` with ``eps_root`` set, with a
-    ``tau`` of 0.003 to 0.01.
+    place of the inner minimum, and one :math:`\varepsilon`, under the root. To get it, set
+    ``growth="exponential"``, ``min_std=0``, ``eps=0``, ``eps_root`` to that
+    :math:`\varepsilon`, and ``tau`` to 0.003 to 0.01.
 
     Args:
         learning_rate: The largest step, see :func:`optax.adamw`. A schedule needs no
             warmup.
         b1: Exponential decay rate of the first moment.
         b2: Exponential decay rate of the second moment.
-        eps: Added to the denominator, outside of the root.
-        eps_root: Added to the denominator, inside of the root.
-        mu_dtype: The dtype of the first moment, by default that of the params.
+        eps: Added to the denominator, outside the root.
+        eps_root: Added to the denominator, inside the root.
+        mu_dtype: The dtype of the first moment, by default the params' dtype.
         weight_decay: Strength of the weight decay, or a schedule. It is multiplied by
             the bounded rate :math:`\alpha_t`.
         mask: The leaves to decay, see :func:`optax.adamw`.
@@ -66,20 +66,20 @@ def adamw2(
         tau: Largest relative growth of a spectral norm in a step, or a schedule; see
             :func:`scale_by_weyl_bound`, also for the arguments that follow.
         growth: Whether norms may grow linearly or exponentially over the steps.
-        min_std: Deviation of the Gaussian matrix whose norm is the least that counts.
-        max_std: Deviation of that whose norm is the most that counts, with linear growth.
+        min_std: A weight counts as no smaller than a Gaussian matrix of this deviation.
+        max_std: With linear growth, a matrix counts as no larger than one of this deviation.
         weight_dimension_numbers: How each leaf is read as matrices.
         num_iters: Iterations of the estimator at each update.
-        cap_rank: How many leading singular values of Adam's update are lowered to the last of
-            them, before the bound: see :func:`spectral_cap`. By default none.
+        cap_rank: How many leading singular values of Adam's update to lower to the smallest of
+            them, before the bound; see :func:`spectral_cap`. By default none.
         cap_mask: The leaves whose updates are capped, see :func:`optax.masked`; by default all.
-            Embeddings and heads are better left out.
+            It is better to leave out embeddings and heads.
 
     Returns:
         The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-        ValueError: As :func:`scale_by_weyl_bound`.
+        ValueError: As :func:`scale_by_weyl_bound` and :func:`spectral_cap`.
 
     Example:
         >>> import jax, jax.numpy as jnp

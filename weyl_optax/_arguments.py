@@ -8,7 +8,7 @@ import optax
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it can be checked: a schedule or an array is known only when it runs."""
+    """Whether it can be checked now: a schedule or an array is known only at run time."""
     return isinstance(value, (int, float, np.generic))
 
 
@@ -31,5 +31,5 @@ def check_in(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def as_schedule(argument: optax.ScalarOrSchedule) -> optax.Schedule:
-    """A schedule as it is, and a number or an array as a constant one."""
+    """A schedule unchanged, and a number or an array as a constant schedule."""
     return argument if callable(argument) else optax.constant_schedule(argument)  # type: ignore

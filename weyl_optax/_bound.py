@@ -20,9 +20,9 @@ class WeylBoundState(NamedTuple):
     """State of :func:`scale_by_weyl_bound`.
 
     Every field but the first is a tree like the params, with ``None`` for a leaf that has nothing
-    there. None of their arrays has the shape of a param: :func:`optax.tree.map_params` hands each
-    field, whole, to its ``transform_non_params``, and the result is a prefix of the state, as
-    :func:`jax.jit` and :func:`jax.device_put` take it for shardings.
+    there. No array in them has the shape of a param: :func:`optax.tree.map_params` passes each
+    whole field to its ``transform_non_params``, and the result is a prefix of the state, which
+    :func:`jax.jit` and :func:`jax.device_put` accept for shardings.
     """
 
     bound_count: jax.Array  # shape=(), dtype=int32.
@@ -64,76 +64,75 @@ def scale_by_weyl_bound(
             \tau \frac{\sigma_1(W_{t-1})}{\sigma_1(U_t)}\right),
 
     where :math:`\eta_t` is the learning rate. This transform multiplies the update
-    :math:`U_t` that it is given by :math:`\alpha_t / \eta_t \le 1`. It stands either
-    after a whole optimizer, whose update has the learning rate in it already, or
-    before :func:`optax.scale_by_learning_rate` and is told the same rate.
+    :math:`U_t` by :math:`\alpha_t / \eta_t \le 1`. Chain it either after a whole optimizer,
+    whose update already includes the learning rate, or before
+    :func:`optax.scale_by_learning_rate`, and give it the same rate.
 
-    That is the rule of the paper, by which a norm may grow exponentially, to
-    :math:`(1 + \tau)^T` times what it was after :math:`T` steps: too little or far too much,
-    as :math:`\tau` and :math:`T` happen to be. By default a norm grows so only to the usual size,
+    That is the paper's rule. Under it a norm may grow exponentially, by a factor
+    :math:`(1 + \tau)^T` in :math:`T` steps: too little or far too much, depending on
+    :math:`\tau` and :math:`T`. By default a norm grows like this only up to the usual size,
     and linearly from there: no step of a matrix is larger than :math:`\tau` times the norm of an
-    :math:`m \times n` Gaussian matrix of the deviation :math:`s` (``max_std``),
+    :math:`m \times n` Gaussian matrix of standard deviation :math:`s` (``max_std``),
 
     .. math::
 
         \alpha_t = \min\left(\eta_t,\; \tau\, \frac{\min(\sigma_1(W_{t-1}),\;
             s (\sqrt m + \sqrt n))}{\sigma_1(U_t)}\right),
 
-    and none of a vector or a scalar than :math:`\tau` times that of ones, as which gains begin. A
-    weight that starts at zero, as adapters, residual gains, biases and zero heads do, counts as a
-    small one at first (``min_std``).
+    and no step of a vector or a scalar is larger than :math:`\tau` times the norm of ones, where
+    gains begin. A weight that starts at zero, such as an adapter, a residual gain, a bias or a
+    zero head, counts as a small one at first (``min_std``).
 
     Args:
-        tau: Largest growth of a spectral norm in a step, relative; a schedule of it is allowed.
-            With exponential growth, the paper takes 0.003 to 0.004 for ViT, 0.004 for Swin, and
-            0.01 for GPT, over 100,000 steps and more; a shorter run needs a larger one.
+        tau: Largest relative growth of a spectral norm in a step, or a schedule.
+            With exponential growth, the paper uses 0.003 to 0.004 for ViT, 0.004 for Swin, and
+            0.01 for GPT, over 100,000 steps or more; a shorter run needs a larger one.
         learning_rate: The rate, or the schedule, of the
             :func:`optax.scale_by_learning_rate` that follows. With the default of
-            1.0, the update is bounded as it is given.
-        growth: ``"linear"``, or ``"exponential"`` as in the paper: what a norm may do over the
-            steps.
+            1.0, the update itself is bounded.
+        growth: How a norm may grow over the steps: ``"linear"``, or ``"exponential"`` as in
+            the paper.
         weight_decay: Strength of the decoupled weight decay :math:`\lambda`, or a
             schedule. It is added after :math:`\sigma_1(U_t)` is measured, and scaled
             by the same factor:
-            :math:`W_t = W_{t-1} - \alpha_t U_t - \alpha_t \lambda W_{t-1}`. That is for use
+            :math:`W_t = W_{t-1} - \alpha_t U_t - \alpha_t \lambda W_{t-1}`. Use it only
             before :func:`optax.scale_by_learning_rate`: after a whole optimizer, whose update
-            is negated already, give the decay to that optimizer instead.
+            is already negated, give the decay to that optimizer instead.
         weight_decay_mask: The leaves to decay, as in :func:`optax.add_decayed_weights`.
-        min_std: A weight with a norm below
-            ``min_std * (sqrt(m) + sqrt(n))``, that of an :math:`m \times n` Gaussian
-            matrix of this standard deviation, counts as having that norm, so that a
-            layer that starts at zero can move. 0 is the paper's rule to the letter.
-        max_std: With linear growth, a matrix with a norm above
-            ``max_std * (sqrt(m) + sqrt(n))`` counts as having that norm, and a vector with one
-            above ``sqrt(n)`` as having that. The default is the usual deviation of a
-            Transformer's initial weights.
+        min_std: A weight counts as having a norm of at least
+            ``min_std * (sqrt(m) + sqrt(n))``, the norm of an :math:`m \times n` Gaussian
+            matrix of this standard deviation: a layer that starts at zero can then move.
+            The paper has 0.
+        max_std: With linear growth, a matrix counts as having a norm of at most
+            ``max_std * (sqrt(m) + sqrt(n))``, and a vector of at most ``sqrt(n)``. The default
+            is the usual standard deviation of a Transformer's initial weights.
         weight_dimension_numbers: How each leaf is read as matrices: a tree like the
             params with an :class:`optax.contrib.MuonDimensionNumbers` for each leaf or
             subtree, or ``None`` to leave it unbounded (where Muon would use Adam); or a
-            function from the params to such a tree. All axes that are named neither as
+            function from the params to such a tree. Axes that are named neither as
             reduction nor as output axes are batch axes, and every matrix of the batch has
             its own bound; a :class:`SplitDimensionNumbers` cuts a fused leaf into parts. By
             default, ranks 0 and 1 are scalars and vectors (bounded by their 2-norm), and above
-            that the last two axes are the matrix; where there are more, a warning is logged.
+            that the last two axes are the matrix; if there are more, a warning is logged.
             :func:`weyl_optax.dimension_numbers_from` reads the params of any model from its
             loss; for Flax NNX models see also :func:`weyl_optax.flax.dimension_numbers`.
         num_iters: Iterations, at least 1, of the estimator of :math:`\sigma_1` at each
-            update. It starts from the singular vectors of the last update, where one
+            update. They start from the singular vectors of the last update, so one
             is nearly always enough; each reads the weights and the updates twice. One
-            vector is drawn afresh each time, so that parts of a matrix that were zero are
-            seen when they are not any more. The first update, which has no such start, takes 16
-            more. The norm of a matrix with a side of at most 16 is always exact.
+            vector is drawn afresh each time, to see parts of a matrix that are no longer
+            zero. The first update, which has no such start, takes 16 more. The norm of a
+            matrix with a side of at most 16 is always exact.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
         params. A zero update stays zero, and ``None`` stays ``None``. An update with NaN or
         inf comes out with NaN, and leaves no trace in the block vectors of its matrix. A
-        sharded weight is bounded as a whole and stays where it is; inside of a
+        sharded weight is bounded as a whole and stays sharded; inside
         :func:`jax.shard_map`, each shard is a matrix of its own. It can be differentiated once,
-        forward and in reverse.
+        in forward and reverse mode.
 
     Raises:
-        ValueError: If an argument is out of its range, if
+        ValueError: If an argument is out of range, if
             ``weight_dimension_numbers`` does not fit the params, or if ``update`` is
             called without params, with updates of another structure, or with a state that was
             made for another reading of the params.
@@ -173,7 +172,7 @@ def scale_by_weyl_bound(
         leaves = BoundedLeaves(params, weight_dimension_numbers)
 
         def of_each(make: Callable[..., Any]) -> Any:
-            """Buffers of their own: a jitted step may donate the state."""
+            """Separate buffers, since a jitted step may donate the state."""
             return leaves.put(list(map(make, leaves.of(params), leaves.specs)))
 
         return WeylBoundState(
@@ -208,7 +207,7 @@ def scale_by_weyl_bound(
             weights + wide,
             leaves.specs * 2,
             leaves.of(state.weight_block) + leaves.of(state.update_block),
-            # The params of the first update count: they may have been loaded after init.
+            # A cold start at the first update, not in init: params may have been loaded since.
             jnp.where(state.bound_count == 0, iteration.COLD_ITERS, 0) + num_iters,
             state.bound_count,
         )
@@ -235,7 +234,7 @@ def scale_by_weyl_bound(
 
 
 def _check_reading(leaves: BoundedLeaves, state: WeylBoundState) -> None:
-    """Checks that the state was made for the leaves as they are read now."""
+    """Checks that the state was made for the current reading of the leaves."""
     for path, spec, sigma, block in zip(
         leaves.paths,
         leaves.specs,
@@ -254,7 +253,7 @@ def _check_reading(leaves: BoundedLeaves, state: WeylBoundState) -> None:
 
 
 def how_to_make_anew(transform: str, state: type) -> str:
-    """What to write where the state of one transform fits no longer, for the end of an error."""
+    """How to replace the state of one transform that no longer fits, for the end of an error."""
     return (
         f"Make {transform}'s state anew, and keep the optimizer's: jax.tree.map(lambda new, old: "
         f"new if isinstance(new, {state.__name__}) else old, solver.init(params), state, "
@@ -269,12 +268,12 @@ def _reference(
     min_std: jax.typing.ArrayLike,
     max_std: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """The norm for which a weight counts: tau times that is the largest norm of its step."""
+    """The norm that a weight counts as having: tau times it is the largest norm of its step."""
     m, n = spec.matrix_shape
-    gaussian = math.sqrt(m) + math.sqrt(n)  # its norm, with deviation 1
+    gaussian = math.sqrt(m) + math.sqrt(n)  # the norm at deviation 1
     if growth == "linear":
         most = jnp.asarray(max_std, now.dtype) * gaussian
-        now = jnp.minimum(now, most if spec.reduction else math.sqrt(n))  # that of ones
+        now = jnp.minimum(now, most if spec.reduction else math.sqrt(n))  # the norm of ones
     return jnp.maximum(now, jnp.asarray(min_std, now.dtype) * gaussian)
 
 
@@ -287,17 +286,17 @@ def _scale(
     """min(1, tau reference / (rate sigma_1(U)))."""
     allowed = jnp.asarray(tau, reference.dtype) * reference
     wanted = jnp.asarray(rate, reference.dtype) * sigma_update
-    # NaN is not <= anything. A matrix of which something is not finite takes no step, and what is
-    # not finite stays so.
+    # NaN is not <= anything. A matrix with an entry that is not finite takes no step, and that
+    # entry stays not finite.
     is_bounded = ~(wanted <= allowed)
     factor = jnp.where(jnp.isfinite(wanted), allowed / jnp.where(is_bounded, wanted, 1), 0)
     return jnp.where(is_bounded, factor, 1)
 
 
 def is_placeholder(params: Any) -> bool:
-    """Whether it is what `optax.tree.map_params` gives to `init`, to find params in a state.
+    """Whether it is what `optax.tree.map_params` passes to `init`, to find params in a state.
 
-    It is a tree without leaves: a field that is made from it by `jax.tree.map` would be taken for
-    one with the shapes of the params.
+    It is a tree without leaves: a field made from it by `jax.tree.map` would be taken for one
+    with the shapes of the params.
     """
     return type(params).__name__ == "_ParamsPlaceholder"

@@ -11,7 +11,7 @@ from weyl_optax import _sharding as sharding
 from weyl_optax._bound import WeylBoundState
 from weyl_optax._reading.specification import leaves_with_path, path_name
 
-MEASURED = {  # fields of the state, by the names that they get
+MEASURED = {  # fields of the state, by their names in the metrics
     "sigma_weight": "sigma_weight",
     "sigma_update": "sigma_update",
     "scale": "bound_scale",
@@ -25,23 +25,23 @@ def bound_metrics(
 
     Args:
         opt_state: An optimizer state with a :class:`WeylBoundState` anywhere in it; also
-            that of an ``nnx.Optimizer``, or a checkpoint of it, restored as nested dicts.
-        scalars: Whether to sum up all matrices in ten numbers.
-        prefix: What all names begin with, such as ``"optimizer/"``.
+            the state of an ``nnx.Optimizer``, or a checkpoint of it, restored as nested dicts.
+        scalars: Whether to summarize all matrices in ten numbers.
+        prefix: Prefix of all names, such as ``"optimizer/"``.
 
     Returns:
         For each bounded leaf, arrays of its batch shape (scalars for a plain matrix
-        or vector), which are copies and outlive a donated state:
+        or vector), copies that outlive a donated state:
 
         - ``<path>/sigma_weight``: spectral norm of the weight before the update.
         - ``<path>/sigma_update``: spectral norm of the update, before the bound.
         - ``<path>/scale``: the factor, at most 1, by which the update was multiplied.
 
-        And ``bounded_fraction``, the share of all matrices with a factor below 1.
+        And ``bounded_fraction``, the share of matrices and vectors with a factor below 1.
 
-        With ``scalars``, the minimum, the median and the maximum over all matrices and vectors,
-        ``sigma_weight/min``, ``sigma_weight/median`` and so on, are in place of the arrays. Where
-        two bounds of one state measure the same leaf, all names begin with ``bound_0/``,
+        With ``scalars``, the arrays are replaced by the minimum, median and maximum over all
+        matrices and vectors: ``sigma_weight/min``, ``sigma_weight/median`` and so on. If two
+        bounds in one state measure the same leaf, all names begin with ``bound_0/``,
         ``bound_1/`` and so on.
 
     Raises:
@@ -83,7 +83,7 @@ def bound_metrics(
 
 
 def _is_bound(x: Any) -> bool:
-    """Whether it is a state of the bound, or was one before something made dicts of tuples."""
+    """Whether it is a state of the bound, or was one before its tuples became dicts."""
     fields = {*MEASURED.values()}
     return isinstance(x, WeylBoundState) or (isinstance(x, Mapping) and fields <= set(x))
 
@@ -101,12 +101,12 @@ def _measured(state: WeylBoundState | Mapping[str, Any]) -> dict[str, jax.Array]
 
 
 def _all_of(measured: Mapping[str, jax.Array], quantity: str) -> jax.Array:
-    """The values of all matrices; where there are none, 1, which is the scale without a bound."""
+    """The values of all matrices; if there are none, 1, the scale without a bound."""
     found = [jnp.ravel(x) for name, x in measured.items() if name.rpartition("/")[2] == quantity]
     return jnp.concatenate(found) if found else jnp.ones(1)
 
 
-@jax.jit  # which moves no constants to the device in each call, as jax.transfer_guard would forbid
+@jax.jit  # eagerly, each call moves constants to the device, which jax.transfer_guard forbids
 def _fraction(measured: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The share of matrices with a factor below 1."""
     return {"bounded_fraction": jnp.mean(_all_of(measured, "scale") < 1)}
@@ -114,7 +114,7 @@ def _fraction(measured: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 @jax.jit
 def _summary(measured: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Ten numbers of all matrices."""
+    """Ten numbers for all matrices."""
     statistics = {"min": jnp.min, "median": jnp.median, "max": jnp.max}
     return {
         f"{quantity}/{name}": statistic(_all_of(measured, quantity))

@@ -1,7 +1,7 @@
-"""Where the arrays of the bound lie on the devices of a mesh.
+"""How the arrays of the bound are sharded over a mesh.
 
-On explicit axes, JAX wants to be told how each result is sharded. The bound's arrays have some of a
-leaf's axes, and lie on the devices as these do. On automatic axes the compiler decides.
+On explicit axes, JAX must be told how each result is sharded. The bound's arrays have some of a
+leaf's axes, and are sharded like these. On automatic axes the compiler decides.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 def of_axes(a: Any, axes: Sequence[int | None]) -> NamedSharding | None:
     """The sharding of an array whose axes are these axes of `a`; None is an unsharded axis.
 
-    None in a mesh without explicit axes.
+    Returns None on a mesh without explicit axes.
     """
     if not isinstance(a, jax.Array):
-        return None  # a shape alone, or an array of NumPy
+        return None  # only a shape, or a NumPy array
     sharding = jax.typeof(a).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
@@ -30,7 +30,7 @@ def of_axes(a: Any, axes: Sequence[int | None]) -> NamedSharding | None:
 
 
 def zeros_of(a: jax.Array, type_: Any) -> jax.Array | None:
-    """Zeros of a type that `jax.eval_shape` gives for `a`, laid as it says; None of None."""
+    """Zeros of the type that `jax.eval_shape` gives for `a`, sharded as it says; None for None."""
     if type_ is None:
         return None
     explicit = None if of_axes(a, []) is None else type_.sharding
@@ -43,16 +43,16 @@ def vary_as(a: Any, x: jax.Array) -> jax.Array:
 
 
 def reshard_as(a: Any, x: jax.Array, axes: Sequence[int | None]) -> jax.Array:
-    """`x`, laid as the axes of `a` that it begins with; the rest of its axes are not sharded."""
+    """`x`, with its first axes sharded like these axes of `a`, and the rest not sharded."""
     sharding = of_axes(a, [*axes, *[None] * (x.ndim - len(axes))])
     if sharding is None:
         return x
     if isinstance(x, Tracer) or isinstance(a, Tracer):
         return jax.sharding.reshard(x, sharding)
-    # Eagerly, `x` may lie on one device, and no mesh may be set: that of `a` is meant.
+    # Eagerly, `x` may be on one device, and no mesh may be set: use the mesh of `a`.
     return jax.device_put(x, NamedSharding(a.sharding.mesh, sharding.spec))
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """`x` on every device."""
+    """`x`, replicated on every device."""
     return reshard_as(x, x, [None] * x.ndim)

@@ -23,7 +23,7 @@ class SpectralCapState(NamedTuple):
 def spectral_cap(
     rank: int, weight_dimension_numbers: WeightDimNumOrFn | None = None
 ) -> optax.GradientTransformation:
-    r"""Lower the leading singular values of every update to the level of the last of them.
+    r"""Lower the leading singular values of every update to the smallest of them.
 
     With :math:`U = \sum_i \sigma_i u_i v_i^H`,
 
@@ -31,29 +31,29 @@ def spectral_cap(
 
         U \leftarrow U - \sum_{i \le k} (\sigma_i - \sigma_k) u_i v_i^H.
 
-    A few directions of an update that stand out, as Adam's have them, then no longer set the
-    length of the step: with :func:`weyl_optax.scale_by_weyl_bound` behind the cap, all others may
-    be as large as these. Muon does the same to all directions, by a polar factor; here the leading
-    ones are known from a block of vectors, which one orthogonal iteration in each step carries on.
+    Adam's updates have a few directions that stand out. Once capped, these no longer set the
+    length of the step: with :func:`weyl_optax.scale_by_weyl_bound` after the cap, all others may
+    be as large. Muon does the same to all directions, with a polar factor; the cap knows the
+    leading ones from a block of vectors, which each step updates by one orthogonal iteration.
 
-    It stands behind an optimizer's scaling, and before the bound and the weight decay.
+    Chain it after an optimizer's scaling, and before the bound and the weight decay.
 
     Args:
-        rank: How many singular values are lowered, :math:`k`; of a matrix with a shorter side of
-            :math:`n`, at most :math:`n / 2`. A quarter of :math:`n` is a good choice for a
+        rank: How many singular values to lower, :math:`k`; at most :math:`n / 2` for a matrix
+            with a shorter side of :math:`n`. A quarter of :math:`n` is a good choice for a
             short run, half of it for a long one.
         weight_dimension_numbers: How each leaf is read as matrices, as for
-            :func:`weyl_optax.scale_by_weyl_bound`; ``None`` for a leaf that is left as it is,
-            which embeddings and heads should be. Vectors, and matrices with a side of at most 16,
-            are left as they are.
+            :func:`weyl_optax.scale_by_weyl_bound`; ``None`` leaves a leaf unchanged, which is
+            right for embeddings and heads. Vectors, and matrices with a side of at most 16, are
+            never changed.
 
     Returns:
         A :class:`optax.GradientTransformation`. No singular value is lowered by more than a
-        factor of 100: an update of lower rank than :math:`k` does not vanish. The singular vectors
-        are estimates; what of a direction the block has not met yet stays. A matrix with NaN or
-        inf is left as it is. It has no derivative. A bound that follows finds the norm of what is
-        left less exactly, for many singular values are then alike: from the third step after a
-        change on up to 1.3 times too small, 1.1 without a cap.
+        factor of 100, so an update of rank below :math:`k` does not vanish. The singular vectors
+        are estimates; the part of a direction that the block has not found yet stays. A matrix
+        with NaN or inf is unchanged. There is no derivative. A bound that follows estimates the
+        norm of a capped update less exactly, since many of its singular values are equal: from
+        the third step after a change on, up to 1.3 times too small, 1.1 without a cap.
 
     Raises:
         ValueError: If ``rank`` is below 1, if ``weight_dimension_numbers`` does not fit the
@@ -127,7 +127,7 @@ def spectral_cap(
 
 
 def _check_block(path: str, spec: MatrixSpec, block: Any, rank: int) -> None:
-    """Checks that the state was made for this rank, and for the leaf as it is read now."""
+    """Checks that the state was made for this rank, and for the current reading of the leaf."""
     found = jax.tree.map(jnp.shape, block)
     wanted = iteration.block_shape(spec, rank) if rank else None
     if found != wanted:

@@ -1,4 +1,4 @@
-"""The spectral norms of a tree, measured alone."""
+"""The spectral norms of a tree, on their own."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ def spectral_norm(
 ) -> Any:
     """Estimate the largest singular value of every matrix in a tree.
 
-    Block power iteration from a fixed random start. But for rounding, the
+    Runs block power iteration from a fixed random start. Except for rounding, the
     estimate is never above the exact norm, and it rises to it with ``num_iters``.
     The norms of vectors, scalars and matrices with a side of at most 16 are exact.
 
-    The derivative is :math:`u v^H`, of the leading singular vectors, as exact as the block of
-    vectors has become: so it can serve as a regularizer. There is no second derivative.
+    The derivative is :math:`u v^H`, with the leading singular vectors as exact as the block of
+    vectors has become, so the norm can be a regularizer. There is no second derivative.
 
     Args:
         tree: An array or a tree of arrays, floating or complex.

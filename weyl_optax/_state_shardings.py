@@ -1,4 +1,4 @@
-"""Where the state of an optimizer lies on the devices."""
+"""How the state of an optimizer is sharded."""
 
 from typing import Any
 
@@ -11,27 +11,27 @@ from jax.sharding import PartitionSpec as P
 def state_shardings(
     optimizer: optax.GradientTransformation, params: optax.Params
 ) -> optax.OptState:
-    """Where the state of an optimizer should lie, given where its params do.
+    """Get the shardings of an optimizer's state from those of its params.
 
-    A moment lies as its param. What the bound keeps of a matrix is divided among devices by those
-    axes of the param that it has: an array of norms by the batch axes; a block of vectors by the
-    batch axes, and by the axes of the shorter side.
+    A moment is sharded like its param. What the bound keeps for a matrix is sharded along the
+    param's axes that it has: an array of norms along the batch axes; a block of vectors along the
+    batch axes and the axes of the shorter side.
 
-    On a mesh with automatic axes nothing else says so: :func:`jax.jit` puts a whole copy of what
-    ``init`` returns on every device.
+    On a mesh with automatic axes you have to ask for this: by itself, :func:`jax.jit` replicates
+    what ``init`` returns on every device.
 
     Args:
-        optimizer: Any transformation, with the bound in it or not.
+        optimizer: Any transformation, with or without the bound.
         params: A tree of arrays, or of :class:`jax.ShapeDtypeStruct`, with a
-            :class:`jax.sharding.NamedSharding` each. One that has none is on all devices.
+            :class:`jax.sharding.NamedSharding` each. One without is replicated.
 
     Returns:
         A tree like the state, with a :class:`jax.sharding.NamedSharding` for each leaf, whose
-        ``spec`` is the partition: for ``out_shardings``, of ``jax.jit(optimizer.init)`` and of a
+        ``spec`` is the partition. Pass it as ``out_shardings`` to jit ``optimizer.init`` or a
         training step.
 
     Raises:
-        ValueError: If the params lie on no mesh, or on several.
+        ValueError: If the params are on no mesh, or on several.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -54,7 +54,7 @@ def state_shardings(
             "jax.ShapeDtypeStruct(shape, dtype, sharding=...) in their place."
         )
     (mesh,) = meshes
-    # Were all axes explicit, the types of what `init` returns would say where it lies.
+    # With all axes explicit, the types of what `init` returns say how it is sharded.
     explicit = AbstractMesh(
         mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
     )

@@ -20,28 +20,28 @@ def dimension_numbers(
 ) -> Any:
     """Read each param of an NNX model as the matrix by which the model multiplies its inputs.
 
-    It is :func:`weyl_optax.dimension_numbers_from` for a function of a model in place of its
-    params. ``fn(model, *args, **kwargs)`` is traced, not run, and the model stays as it is. What
-    else the model holds, as batch statistics, the state of its dropout, or a cache, counts as an
+    Like :func:`weyl_optax.dimension_numbers_from`, for a function of a model instead of its
+    params. ``fn(model, *args, **kwargs)`` is traced, not run, and the model is unchanged.
+    Anything else in the model, such as batch statistics, dropout state, or a cache, counts as an
     input. For a Linen model, use :func:`weyl_optax.dimension_numbers_from` itself.
 
     Args:
-        fn: The training loss, or the model's call, as ``nnx.MultiHeadAttention.__call__``.
+        fn: The training loss, or the model's call, such as ``nnx.MultiHeadAttention.__call__``.
         model: An ``nnx.Module``, or only its shapes, from ``nnx.eval_shape``.
         *args: The other arguments of `fn`, among them the inputs: trees of arrays or of
             :class:`jax.ShapeDtypeStruct`. Arrays that `fn` closes over are constants, not inputs.
-        wrt: Which variables of the model the optimizer is given, as for ``nnx.Optimizer``.
-        overrides: Patterns of paths, as ``'*/norm/scale'``, and what to return for
-            their leaves, `None` to leave them unbounded. The first that matches counts.
-        by_part: Whether a fused kernel is several matrices, as there.
-        **kwargs: As `args`.
+        wrt: Which variables of the model the optimizer gets, as for ``nnx.Optimizer``.
+        overrides: Patterns of paths, such as ``'*/norm/scale'``, and what to return for
+            their leaves, `None` to leave them unbounded. The first match counts.
+        by_part: As for :func:`weyl_optax.dimension_numbers_from`, for fused kernels.
+        **kwargs: Like `args`.
 
     Returns:
         A tree like ``nnx.state(model, wrt)``, with an
         :class:`optax.contrib.MuonDimensionNumbers` for each variable.
 
     Raises:
-        ValueError: If `model` is no ``nnx.Module``, or as
+        ValueError: If `model` is not an ``nnx.Module``, or as
             :func:`weyl_optax.dimension_numbers_from`.
 
     Example:

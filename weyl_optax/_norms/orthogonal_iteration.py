@@ -11,14 +11,14 @@ The columns of :math:`Q P` and :math:`V` are then estimates of the leading singu
 :math:`\Lambda^{1/2}` of the singular values, from below. An iteration reads :math:`A` twice, and
 costs hardly more than with a single vector, since the products are bound by reading :math:`A`.
 
-A block that was searched for long may be blind to what is new in :math:`A`: so its last vector is
-drawn afresh in each iteration. Its image is used as it is, where a column of :math:`A` stands out,
-and in its fifth power, entry by entry, which is nearly the row of :math:`A` that stands out.
+After a long search, a block may be blind to what is new in :math:`A`, so its last vector is
+drawn afresh in each iteration. Its image finds a column of :math:`A` that stands out, and the
+fifth power of the image, entry by entry, a row that stands out.
 
-A matrix with a short side needs no search: its norm is that of the Gram matrix of this side.
+A matrix with a short side needs no search: its norm comes from the Gram matrix of this side.
 
-On a CPU, every distinct operation takes 15 ms to compile and equal ones take nothing: so leaves
-are not stacked, and what is done with a leaf depends on its shape and reading alone.
+On a CPU, every distinct operation takes 15 ms to compile and equal ones take nothing, so leaves
+are not stacked, and what is done with a leaf depends only on its shape and reading.
 """
 
 import functools
@@ -35,18 +35,18 @@ from weyl_optax import _sharding as sharding
 from weyl_optax._norms.small_problems import together
 from weyl_optax._reading.specification import MatrixSpec
 
-BLOCK_SIZE = 8  # vectors of a block, beside those along which a cap lowers
+BLOCK_SIZE = 8  # vectors of a block, besides those of a cap
 COLD_ITERS = 16  # iterations that find a norm from a random block
 LEAST_LEVEL = 0.01  # of a cap, as a share of the largest singular value: for low ranks
-SHORT_SIDE = 16  # up to which a Gram matrix is cheaper than a search, and exact
+SHORT_SIDE = 16  # up to this, a Gram matrix is cheaper than a search, and exact
 
 
 class Search(NamedTuple):
-    """What is known of the matrices of some leaves, an entry for each leaf."""
+    """The results for the matrices of some leaves, one entry per leaf."""
 
     sigmas: list[jax.Array]  # (*batch,): their spectral norms
     blocks: list[Any]  # the next blocks; None for a matrix that is not searched
-    excesses: list[Any]  # X, an image of the first vectors: a cap takes X V^H away; or None
+    excesses: list[Any]  # X, an image of the first vectors: a cap subtracts X V^H; or None
 
 
 def compute_dtype(x: Any) -> Any:
@@ -67,12 +67,12 @@ def zero_norms(a: Any, spec: MatrixSpec) -> jax.Array:
 
 
 def new_block(a: Any, spec: MatrixSpec, rank: int = 0) -> jax.Array | None:
-    """A block of random signs for a leaf, or its shape and dtype.
+    """A block of random signs for a leaf, or for only its shape and dtype.
 
     Args:
         a: The leaf.
         spec: How it is read.
-        rank: How many singular values are to be lowered by a cap.
+        rank: How many singular values a cap lowers.
 
     Returns:
         Shape (*batch, k, *output) or (*batch, *reduction, k), along the shorter side; None for a
@@ -100,20 +100,20 @@ def search(
     seed: jax.typing.ArrayLike = 0,
     ranks: Sequence[int] | None = None,
 ) -> Search:
-    """Search every matrix of some leaves, from blocks.
+    """Search every matrix of some leaves, starting from blocks.
 
     Args:
-        leaves: Of any floating or complex dtype.
+        leaves: Arrays of any floating or complex dtype.
         specs: How they are read.
         blocks: Where to start, see `new_block`.
         num_iters: Number of iterations, at least 1. May be traced.
-        seed: Of the vectors that are drawn afresh.
-        ranks: How many singular values of each leaf are to be lowered by a cap.
+        seed: For the vectors that are drawn afresh.
+        ranks: How many singular values of each leaf a cap lowers.
 
     Returns:
         The norms: exact for vectors and matrices with a side of at most `SHORT_SIDE`, estimates
-        from below for others, NaN where one is not finite. They have the derivative u v^H, of the
-        leading singular vectors. The block of a matrix that is zero or not finite stays as it was.
+        from below for others, NaN where a matrix is not finite. Their derivative is u v^H, with the
+        leading singular vectors. The block of a matrix that is zero or not finite is unchanged.
     """
     fixed = lax.stop_gradient((list(leaves), list(blocks)))
     found = _search(tuple(specs), tuple(ranks or [0] * len(specs)), *fixed, num_iters, seed)
@@ -129,7 +129,7 @@ def without_excess(
     labels = Labels.of(spec)
     rank = excess.shape[labels.image.index("y")]
     v = lax.slice_in_dim(block, 0, rank, axis=labels.block.index("y"))
-    # Columns before rows: the product lies as the leaf.
+    # Columns before rows: the product is then laid out like the leaf.
     sides = sorted([(labels.image, excess), (labels.block, jnp.conj(v))],
                    key=lambda side: side[0].index("y") == len(labels.batch))  # fmt: skip
     expression = f"{sides[0][0]},{sides[1][0]}->{labels.leaf}"
@@ -137,11 +137,11 @@ def without_excess(
 
 
 class Labels(NamedTuple):
-    """Einsum labels: an axis by its position in the leaf, the vectors of a block `y`.
+    """Einsum labels: an axis by its position in the leaf, and `y` for the vectors of a block.
 
     A vector along the output axes is a row, (*batch, y, *output), and one along the reduction
-    axes a column, (*batch, *reduction, y): so neither of the two products transposes the leaf.
-    The block lies along the shorter side.
+    axes a column, (*batch, *reduction, y), so neither of the two products transposes the leaf.
+    The block is along the shorter side.
     """
 
     leaf: str
@@ -159,7 +159,7 @@ class Labels(NamedTuple):
         return cls(leaf, batch, *((rows, columns) if n <= m else (columns, rows)))
 
     def axes(self, labels: str) -> list[int | None]:
-        """The axis of the leaf for each label, None for one that the leaf has not."""
+        """The axis of the leaf for each label, None for one that it does not have."""
         return list(map(dict(zip(self.leaf, range(len(self.leaf)), strict=True)).get, labels))
 
     def vector_axes(self, labels: str) -> list[int]:
@@ -168,10 +168,9 @@ class Labels(NamedTuple):
 
 
 def _signs(a: Any, labels: Labels, shape: Sequence[int], seed: jax.typing.ArrayLike) -> jax.Array:
-    """A block of random signs over the root of a vector's length; alike for all of a batch.
+    """A block of random signs over the root of a vector's length; the same for all of a batch.
 
-    They are a hash of their places (the end of MurmurHash3), so that every device makes its own
-    part of them.
+    They are a hash of their positions (the end of MurmurHash3), so every device makes its own part.
     """
     place, length = jnp.zeros(shape, jnp.uint32), 1
     for axis, (size, label) in enumerate(zip(shape, labels.block, strict=True)):
@@ -186,8 +185,8 @@ def _signs(a: Any, labels: Labels, shape: Sequence[int], seed: jax.typing.ArrayL
 
 
 def _replaced(x: jax.Array, axis: int, place: int, vector: jax.Array) -> jax.Array:
-    """X with another vector in a place."""
-    sizes = [1] * x.ndim  # elsewhere: so the index lies with `x` on explicit axes
+    """X with another vector in one place."""
+    sizes = [1] * x.ndim  # elsewhere, so the index fits `x` on explicit axes
     sizes[axis] = x.shape[axis]
     return jnp.where(lax.broadcasted_iota(jnp.int32, sizes, axis) == place, vector, x)
 
@@ -233,7 +232,7 @@ def _iterate(
     num_iters: jax.Array,
     seed: jax.Array,
 ) -> list[Any]:
-    """Of matrices with two long sides, as `_search`, in iterations of all of them."""
+    """As `_search`, for matrices with two long sides, iterating all of them together."""
     iteration = functools.partial(_iteration, specs, ranks, leaves)
     blocks = list(map(sharding.vary_as, leaves, blocks))
     of_sigmas, _, of_excesses = jax.eval_shape(iteration, blocks, seed)
@@ -289,9 +288,9 @@ class Pulled(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _image(spec: MatrixSpec, a: jax.Array, v: jax.Array, seed: jax.Array) -> Image:
-    """The image, with one vector more.
+    """The image, with one more vector.
 
-    Each vector is scaled to a largest entry of 1: no product and no Gram matrix overflows or
+    Each vector is scaled to a largest entry of 1, so no product or Gram matrix overflows or
     underflows.
     """
     labels = Labels.of(spec)
@@ -360,7 +359,7 @@ def _rotate(
     k = v.shape[labels.block.index("y")]
     squares, p = spectrum[0][..., :k], spectrum[1][..., :k]
     sigma = jnp.sqrt(squares)
-    # What is smaller is rounding: there, the vector that there was stays.
+    # Anything smaller is rounding: there, the old vector stays.
     is_found = squares > 4 * p.shape[-1] * jnp.finfo(squares.dtype).eps * squares[..., :1]
     inverse = lax.rsqrt(jnp.where(is_found, squares, 1))[..., None, :]
     new = _mix(a, labels, labels.block, pulled.y, p * inverse.astype(p.dtype))
@@ -381,7 +380,7 @@ def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def scaled_to_one(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """X over its largest absolute value, so that no square of it overflows, and this value."""
+    """X over its largest absolute value, so no square of it overflows, and this value."""
     largest = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True)
     scaled = x / jnp.where(largest > 0, largest, 1).astype(x.dtype)
     return scaled, jnp.squeeze(largest, tuple(axes))
@@ -395,7 +394,7 @@ def _vector_norm(spec: MatrixSpec, a: jax.Array) -> jax.Array:
 
 
 def _exact(spec: MatrixSpec, size: jax.Array, spectrum: tuple[jax.Array, jax.Array]) -> Any:
-    """Of matrices with a short side, as `_search`, from the Gram matrix of this side."""
+    """As `_search`, for matrices with a short side, from the Gram matrix of this side."""
     squares, p = spectrum
     labels = Labels.of(spec)
     side = [labels.leaf.index(labels.block[i]) for i in labels.vector_axes(labels.block)]
@@ -434,7 +433,7 @@ def _einsum(
     expression: str,
     *operands: jax.Array,
 ) -> jax.Array:
-    """An einsum that lies on the devices as the axes of the leaf `a` do; whole, without labels.
+    """An einsum sharded like the axes of the leaf `a`; replicated, without labels.
 
     On a TPU, and on a GPU with TF32, DEFAULT has an error of 2^-9 or so and HIGH one of 2^-16.
     """
@@ -448,7 +447,7 @@ def _einsum(
 def _differentiable(
     spec: MatrixSpec, a: jax.Array, v: jax.Array | None, sigma: jax.Array
 ) -> jax.Array:
-    """The norms of the leaf `a`, with their derivative; `v` as of `_search`."""
+    """The norms of the leaf `a`, with their derivative; `v` as from `_search`."""
     del spec, a, v
     return sigma
 
@@ -478,7 +477,7 @@ def _derivative(spec: MatrixSpec, primals: Any, tangents: Any) -> Any:
 
 
 def _undifferentiable(message: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A function that gives X back, whose derivative along the leaf `a` is an error."""
+    """A function that returns X, and whose derivative along the leaf `a` is an error."""
 
     @jax.custom_jvp
     def unchanged(x: jax.Array, a: jax.Array) -> jax.Array:

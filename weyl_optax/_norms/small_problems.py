@@ -1,10 +1,10 @@
-"""Decompositions of many small matrices, and the one workaround that they need.
+"""Decompositions of many small matrices, and the one workaround they need.
 
-On a CPU, jaxlib (0.8 to 0.10, `ParallelBatchMap` of its LAPACK kernels) spreads a batch that is
-worth it over XLA's thread pool, and waits for the parts in one of the pool's own threads. With
+On a CPU, jaxlib (0.8 to 0.10, `ParallelBatchMap` of its LAPACK kernels) spreads a large enough
+batch over XLA's thread pool, and waits for the parts in one of the pool's own threads. With
 few threads, two batches in one program (two groups of an `optax.partition`, say) can then wait
 for each other forever. https://github.com/jax-ml/jax/issues/39292 is about the same code.
-So a CPU is given one matrix at a time.
+So a CPU gets one matrix at a time.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -18,7 +18,7 @@ from weyl_optax import _sharding as sharding
 
 
 def together(fn: Callable[[jax.Array], Any], matrices: Sequence[jax.Array]) -> list[Any]:
-    """`fn`, which takes (..., m, n) and gives arrays (..., *), of some arrays (*batch, m, n).
+    """Applies `fn`, which takes (..., m, n) to arrays (..., *), to some arrays (*batch, m, n).
 
     A CPU takes one matrix after the other; any other device takes all of one kind at once, stacked
     behind the batch axes, which stay where they are.
@@ -42,7 +42,7 @@ def together(fn: Callable[[jax.Array], Any], matrices: Sequence[jax.Array]) -> l
                 )
         return results
 
-    # Behind a barrier: what devices sum up for all leaves is summed up at once.
+    # The barrier makes the devices do the sums for all leaves at once.
     matrices = lax.optimization_barrier(list(matrices))
     return lax.platform_dependent(matrices, cpu=one_by_one, default=at_once)
 

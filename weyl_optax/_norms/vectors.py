@@ -1,4 +1,4 @@
-"""The vectors whose norms count: those of the units of a matrix, or the matrix as a whole."""
+"""The vectors whose norms count: the units of a matrix, or the whole matrix."""
 
 import math
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def length(x: jax.Array, spec: MatrixSpec) -> jax.Array:
 
 
 def tangent(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
-    """What of `u` is orthogonal to the vectors of `w`; all of it, where these are zero."""
+    """The part of `u` orthogonal to the vectors of `w`; all of it, where these are zero."""
     u, w = (x.astype(compute_dtype(x)) for x in (u, w))
     square = inner(w, w, spec)
     radial = inner(w, u, spec) / jnp.where(square > 0, square, 1)

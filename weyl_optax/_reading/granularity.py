@@ -27,18 +27,18 @@ def by_unit(weight_dimension_numbers: WeightDimNumOrFn | None = None) -> WeightD
 
     A unit's step is then at most :math:`\tau` times the 2-norm of its own weights, as in
     adaptive gradient clipping. It is cheaper than the bound of the matrix: a 2-norm needs
-    no search, and nothing is kept between updates. What it guarantees is less: the columns
+    no search, and no vectors are kept between updates. It guarantees less: the columns
     of a matrix grow by at most :math:`1 + \tau`, and so does its Frobenius norm, but its
     spectral norm may grow by more, up to
-    :math:`1 + \tau \|W\|_F / \|W\|_2`, where all units move alike.
+    :math:`1 + \tau \|W\|_F / \|W\|_2`, if all units move the same way.
 
     Args:
         weight_dimension_numbers: How each leaf is read as matrices, as for
             :func:`scale_by_weyl_bound`: a tree, or a function that makes one.
 
     Returns:
-        The same with every matrix taken apart into its columns, one for each index of the
-        output axes. Vectors, scalars and leaves that are left unbounded stay as they are.
+        The same with every matrix split into its columns, one for each index of the
+        output axes. Vectors, scalars and unbounded leaves are unchanged.
 
     Example:
         >>> import jax.numpy as jnp
@@ -67,12 +67,12 @@ def by_unit(weight_dimension_numbers: WeightDimNumOrFn | None = None) -> WeightD
 def by_head(
     weight_dimension_numbers: WeightDimNumOrFn, paths: str | Sequence[str] = ATTENTION
 ) -> WeightDimNumOrFn:
-    r"""Bound every head of attention by itself.
+    r"""Bound every attention head by itself.
 
-    A head's part of the kernels of query, key and value, and of the projection of the
-    output, is a matrix of its own. Rule 1 holds for the part of every head. The whole
-    kernel's norm may grow by more than :math:`1 + \tau`, by at most a factor
-    :math:`1 + \tau \sqrt{h}` with :math:`h` heads. The cost is that of the whole matrix.
+    A head's part of the query, key and value kernels, and of the output projection, is a
+    matrix of its own. The bound holds for the part of every head. The whole
+    kernel's norm may grow by more than :math:`1 + \tau`, but by at most a factor
+    :math:`1 + \tau \sqrt{h}` with :math:`h` heads. It costs as much as for the whole matrix.
 
     Args:
         weight_dimension_numbers: How each leaf is read as matrices, as for
@@ -82,7 +82,7 @@ def by_head(
             ``sizes=(dim,) * 3 * heads``.
         paths: Pattern, or patterns, of the paths of attention's leaves, see :mod:`fnmatch`.
             The first of their two output axes (of query, key, value), or else of their two
-            reduction axes (of the output), is that of the heads. Others stay as they are.
+            reduction axes (of the output), is the axis of the heads. Others are unchanged.
 
     Returns:
         The same with the axis of the heads among the batch axes.
@@ -141,7 +141,7 @@ def map_entries(
     fn: Callable[[DimensionNumbers], DimensionNumbers | None],
     weight_dimension_numbers: WeightDimNumOrFn | None,
 ) -> WeightDimNumOrFn:
-    """The same specification with another entry in place of each; leaves unbounded stay so."""
+    """The same specification with `fn` applied to each entry; unbounded leaves stay so."""
 
     def mapped(numbers: Any) -> Any:
         return jax.tree.map(

@@ -1,9 +1,9 @@
-"""The parts of a fused kernel, read from how a program cuts what it makes of it.
+"""The parts of a fused kernel, read from how a program cuts the values it makes from it.
 
-A value that is linear in a leaf, as its product with the data with a bias and a gain, may run along
-an axis of the leaf. Where slices, a `split` or an `unstack` cut it there into pieces, and these
-cover the axis, they are the parts. Pieces that are added up or put side by side again, as the
-halves of a rotary embedding, are one matrix.
+A value that is linear in a leaf, such as its product with the data, with a bias and a gain, may run
+along an axis of the leaf. If slices, a `split` or an `unstack` cut it there into pieces that cover
+the axis, these are the parts. Pieces that are added up or concatenated again, such as the halves of
+a rotary embedding, are one matrix.
 """
 
 import math
@@ -21,7 +21,7 @@ from weyl_optax._reading.specification import DimensionNumbers, SplitDimensionNu
 
 
 class _Span(NamedTuple):
-    """That a value is linear in a leaf, and runs along one of the leaf's axes."""
+    """Says that a value is linear in a leaf, and runs along one of the leaf's axes."""
 
     path: str
     leaf_axis: int
@@ -68,7 +68,7 @@ def parts_of(
 def in_parts(
     numbers: Mapping[str, MuonDimensionNumbers], parts: Mapping[str, Mapping[int, tuple[int, ...]]]
 ) -> dict[str, DimensionNumbers]:
-    """The same, in parts. A vector is, where a kernel has parts of these sizes: as its bias."""
+    """The same, in parts. A vector is, if a kernel has parts of these sizes: as its bias."""
     of_kernels = {
         sizes
         for path, found in parts.items()
@@ -91,7 +91,7 @@ def in_parts(
 def _in_parts(
     numbers: MuonDimensionNumbers, sizes: Mapping[int, tuple[int, ...]]
 ) -> DimensionNumbers:
-    """In the parts of the first output axis that has some: if each is one index, a batch axis."""
+    """In the parts of the first output axis that has some; if each is one index, a batch axis."""
     output = axes_of(numbers.output_axis)
     for axis in output:
         if axis in sizes and max(sizes[axis]) > 1:
@@ -107,7 +107,7 @@ class _Reader:
 
     def __init__(self):
         self.pieces: dict[tuple[str, int], set[tuple[int, int]]] = defaultdict(set)
-        self.joined: set[tuple[str, int]] = set()  # of which pieces have come together again
+        self.joined: set[tuple[str, int]] = set()  # whose pieces have come together again
 
     def run(self, program: Jaxpr, operands: Sequence[_Spans]) -> list[_Spans]:
         """The spans of the outputs of a program."""
@@ -191,7 +191,7 @@ class _Reader:
         return pieces
 
     def piece(self, spans: _Spans, axis: int, start: int, end: int) -> _Spans:
-        """Those of a piece along an axis. A piece of a piece counts as that piece."""
+        """The spans of a piece along an axis. A piece of a piece counts as the outer one."""
         kept = set()
         for span in spans:
             if span.axis == axis:
@@ -207,7 +207,7 @@ class _Reader:
         return frozenset(kept)
 
     def join(self, operands: Iterable[_Spans]) -> _Spans:
-        """Those of a sum."""
+        """The spans of a sum."""
         spans = _NONE.union(*operands)
         pieces = {(span.path, span.leaf_axis, span.piece) for span in spans if span.piece}
         leaf_axes = [key[:2] for key in pieces]
@@ -216,13 +216,13 @@ class _Reader:
 
 
 def _linear(spans: _Spans, others: _Spans) -> _Spans:
-    """Those of a product with other values: it is not linear in a leaf that is in both."""
+    """The spans of a product with other values, which is not linear in a leaf that is in both."""
     paths = {span.path for span in others}
     return frozenset(span for span in spans if span.path not in paths)
 
 
 def _moved(spans: _Spans, to: Mapping[int, int | None]) -> _Spans:
-    """With an axis in another place, or at one index of it; without those that are not there."""
+    """The spans with axes moved, or at one index of them; without spans whose axis is gone."""
     return frozenset(
         span if span.axis is None else span._replace(axis=to[span.axis])
         for span in spans
@@ -231,17 +231,17 @@ def _moved(spans: _Spans, to: Mapping[int, int | None]) -> _Spans:
 
 
 def _only_pieces(spans: _Spans) -> _Spans:
-    """Those of pieces, wherever their axis has gone."""
+    """The spans of pieces, wherever their axis has gone."""
     return frozenset(span._replace(axis=None) for span in spans if span.piece)
 
 
 def _behind_a_new_axis(spans: _Spans) -> dict[int, int | None]:
-    """Where axes are when there is one more before them."""
+    """Where axes are once there is one more before them."""
     return {span.axis: span.axis + 1 for span in spans if span.axis is not None}
 
 
 def _has_free_groups(params: Mapping[str, Any]) -> bool:
-    """Whether the groups of a product, if it has some, are of the rows of its result."""
+    """Whether the groups of a product, if it has any, are of the rows of its result."""
     if (ragged := params.get("ragged_dot_dimension_numbers")) is None:
         return True
     (lhs_summed, _), (lhs_batch, _) = ragged.dot_dimension_numbers
@@ -255,7 +255,7 @@ def _without(dropped: Sequence[int], shape: Sequence[int]) -> dict[int, int | No
 
 
 def _product_axes(params: Mapping[str, Any], *ranks: int) -> list[dict[int, int | None]]:
-    """Where the axes of both sides of a product are in it."""
+    """Where the axes of both sides of a product are in its result."""
     groups = ()
     if ragged := params.get("ragged_dot_dimension_numbers"):
         numbers, groups = ragged.dot_dimension_numbers, ragged.rhs_group_dimensions

@@ -1,6 +1,6 @@
 """How the leaves of a parameter tree are read as batches of matrices.
 
-The specification is `optax.contrib.MuonDimensionNumbers`, so that a tree written
+The specification is `optax.contrib.MuonDimensionNumbers`, so a tree written
 for Muon works unchanged. Axes that it does not name are batch axes.
 """
 
@@ -24,16 +24,16 @@ from weyl_optax import _sharding as sharding
 class SplitDimensionNumbers(NamedTuple):
     """How a fused kernel is read: as matrices that lie side by side along an axis.
 
-    It stands in a specification where an :class:`optax.contrib.MuonDimensionNumbers` would make
-    one matrix of them. Each part is bounded by itself. In the fields of a state, a tuple in the
-    leaf's place has an array for each. Along an explicit mesh axis, JAX cuts a leaf only where the
-    devices divide every size.
+    Put it in a specification where an :class:`optax.contrib.MuonDimensionNumbers` would make
+    one matrix of them. Each part is bounded by itself. The fields of a state have a tuple in the
+    leaf's place, with an array for each. Along an explicit mesh axis, JAX cuts a leaf only if the
+    number of devices divides every size.
 
     Args:
         reduction_axis: The axes of the rows, as in ``MuonDimensionNumbers``.
-        output_axis: Those of the columns.
-        split_axis: The axis along which the parts lie, one of those two, and written as there.
-        sizes: The sizes of the parts along it, which add up to that of the axis.
+        output_axis: The axes of the columns.
+        split_axis: The axis along which the parts lie, one of the above, written the same way.
+        sizes: The sizes of the parts along it, which add up to the size of the axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -69,7 +69,7 @@ class MatrixSpec:
     batch: tuple[int, ...]  # axes, ascending; each index is a matrix of its own
     reduction: tuple[int, ...]  # axes, ascending; together the rows
     output: tuple[int, ...]  # axes, ascending; together the columns
-    split_axis: int | None = None  # of a fused leaf: along which its parts lie
+    split_axis: int | None = None  # of a fused leaf: the axis along which its parts lie
     part_sizes: tuple[int, ...] = ()  # and their sizes along it
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ class MatrixSpec:
         )
 
     def split(self, x: Any) -> Sequence[Any]:
-        """What each part has of an array like the leaf, or of what a state keeps for it."""
+        """The parts of an array like the leaf, or of what a state keeps for it."""
         if self.split_axis is None:
             return (x,)
         if shape_of(x) == self.shape:
@@ -115,7 +115,7 @@ class MatrixSpec:
         return ((x,),) * len(self.part_sizes)  # a state for another reading, which fits no part
 
     def spread(self, factors: Sequence[jax.Array], a: jax.Array) -> jax.Array:
-        """A factor of each matrix, (*batch), for each part, as it multiplies the leaf `a`."""
+        """The factors of each part's matrices, (*batch), laid out to multiply the leaf `a`."""
         spread = [jnp.expand_dims(x, self.matrix_axes) for x in factors]
         if self.split_axis is None:
             return spread[0]
@@ -126,7 +126,7 @@ class MatrixSpec:
         return sharding.reshard_as(a, factor, axes)
 
     def join(self, parts: Sequence[Any], like: Any) -> Any:
-        """An array like the leaf, or what a state keeps for it, from what each part has."""
+        """An array like the leaf, or what a state keeps for it, from its parts."""
         if self.split_axis is None:
             return parts[0]
         if shape_of(like) == self.shape:
@@ -146,7 +146,7 @@ def resolve_dimension_numbers(
             that makes such a tree of `params`. By default, see `default_numbers`.
 
     Returns:
-        A tree like `params`, boxes taken off: a `MatrixSpec` for each leaf, or `None` where
+        A tree like `params`, unboxed: a `MatrixSpec` for each leaf, or `None` where
         the specification is `None`, and for leaves without floating or complex entries.
 
     Raises:
@@ -173,7 +173,7 @@ def resolve_dimension_numbers(
 def with_axes(
     numbers: DimensionNumbers, reduction: int | Sequence[int], output: int | Sequence[int]
 ) -> DimensionNumbers:
-    """The same with other axes, in parts as long as one of these is split."""
+    """The same with other axes, still in parts if one of these is split."""
     is_split = isinstance(numbers, SplitDimensionNumbers) and numbers.split_axis in (
         *axes_of(reduction),
         *axes_of(output),
@@ -184,14 +184,14 @@ def with_axes(
 
 
 def is_function(weight_dimension_numbers: Any) -> TypeGuard[Callable[[optax.Params], Any]]:
-    """Whether it makes a tree of the params, and is none: an Equinox model can be called too."""
+    """Whether it makes a tree from the params, and is not one: an Equinox model is callable too."""
     return callable(weight_dimension_numbers) and jax.tree_util.all_leaves(
         [weight_dimension_numbers]
     )
 
 
 def default_numbers(rank: int) -> MuonDimensionNumbers:
-    """The reading of a leaf of which only the rank is known.
+    """How a leaf is read if only its rank is known.
 
     Ranks 0 and 1 are scalars and vectors; above that the last two axes are the matrix and
     the rest is batch, as in `jnp.linalg`.
@@ -202,16 +202,16 @@ def default_numbers(rank: int) -> MuonDimensionNumbers:
 
 
 class BoundedLeaves:
-    """The leaves of a tree that are bounded, out of their boxes, as a list.
+    """The leaves of a tree that are bounded, unboxed, as a list.
 
-    They are those for which `weight_dimension_numbers` says how, less those whose update is
-    `None`, which are not trained. A fused leaf is in it part by part. Of a state, it has a tuple
-    of what is kept for each.
+    These are the leaves that `weight_dimension_numbers` reads as matrices, except those whose
+    update is `None`, which are not trained. A fused leaf is listed part by part. A state has a
+    tuple of what is kept for each part.
 
     Args:
         params: As for `resolve_dimension_numbers`.
         weight_dimension_numbers: As there.
-        updates: Of the structure of `params`, but for `None` in place of leaves.
+        updates: A tree like `params`, except for `None` in place of leaves.
 
     Raises:
         ValueError: As `resolve_dimension_numbers`, and if `updates` do not fit `params`.
@@ -283,22 +283,22 @@ class BoundedLeaves:
 
 
 def leaves_with_path(tree: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
-    """The leaves of a tree, out of their boxes, with their paths; and its structure.
+    """The leaves of a tree, unboxed, with their paths; and its structure.
 
-    `None` counts as a leaf, and so does a box: what the bound keeps for an array has not the
-    axes that the box names.
+    `None` counts as a leaf, and so does a box: what the bound keeps for an array does not have
+    the axes that the box names.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
     return [(names(path), unbox(leaf)) for path, leaf in leaves], treedef
 
 
 def is_boxed(x: Any) -> bool:
-    """Whether it is an array in metadata: a `flax.linen.Partitioned`, or a `flax.nnx.Variable`."""
+    """Whether it is a boxed array: a `flax.linen.Partitioned`, or a `flax.nnx.Variable`."""
     return hasattr(x, "unbox") or hasattr(x, "get_metadata")
 
 
 def unbox(x: Any) -> Any:
-    """What is in a box; and what is in none, itself."""
+    """The content of a box, or `x` itself if it is not boxed."""
     if not is_boxed(x):
         return x
     contents = jax.tree.leaves(x, is_leaf=is_entry)
@@ -308,14 +308,14 @@ def unbox(x: Any) -> Any:
 
 
 def replace_boxed(x: Any, content: Any) -> Any:
-    """The same box around something else, or that itself if there is none."""
+    """The same box around another content, or the content itself if there is no box."""
     return jax.tree.map(lambda _: content, x) if is_boxed(x) else content
 
 
 def overridden(
     paths: Sequence[str], overrides: Mapping[str, DimensionNumbers | None] | None
 ) -> dict[str, DimensionNumbers | None]:
-    """The entries that patterns of paths, as `"*/norm/scale"`, give; the first match counts.
+    """The entries given by patterns of paths, such as `"*/norm/scale"`; the first match counts.
 
     Raises:
         ValueError: If a pattern matches no path.
@@ -332,7 +332,7 @@ def overridden(
 
 
 def axes_of(axes: int | Sequence[int]) -> tuple[int, ...]:
-    """The axes of a side of a `MuonDimensionNumbers`, of which one may be written as a number."""
+    """The axes of a side of a `MuonDimensionNumbers`, where a single one may be just a number."""
     return (axes,) if isinstance(axes, (int, np.integer)) else tuple(axes)
 
 

@@ -16,7 +16,7 @@ from weyl_optax._reading.specification import (
 
 
 def tabulate(params: optax.Params, weight_dimension_numbers: WeightDimNumOrFn | None = None) -> str:
-    """Show as which matrices each leaf of the params is read.
+    """Show how each leaf of the params is read as matrices.
 
     Args:
         params: A tree of arrays, or of anything with a shape and a dtype.
@@ -24,7 +24,7 @@ def tabulate(params: optax.Params, weight_dimension_numbers: WeightDimNumOrFn | 
 
     Returns:
         A table with a line per leaf: its path, its shape, and the batch of matrices
-        (rows x columns), vectors or scalars as which it is bounded.
+        (rows x columns), vectors or scalars that it is bounded as.
 
     Raises:
         ValueError: If ``weight_dimension_numbers`` does not fit ``params``.
@@ -49,7 +49,7 @@ def tabulate(params: optax.Params, weight_dimension_numbers: WeightDimNumOrFn | 
 
 
 def warn_of_reading_by_rank(params: optax.Params) -> None:
-    """Says which leaves of more than two axes are read as stacks, for want of a specification."""
+    """Warns which leaves of more than two axes are read as stacks, without a specification."""
     leaves, _ = leaves_with_path(params)
     specs, _ = leaves_with_path(resolve_dimension_numbers(params, None))
     stacks = [
@@ -67,7 +67,7 @@ def warn_of_reading_by_rank(params: optax.Params) -> None:
 
 
 def reading(spec: MatrixSpec | None) -> str:
-    """As what a leaf is read, in words."""
+    """How a leaf is read, in words."""
     return "unbounded" if spec is None else ", ".join(map(_matrices, spec.parts))
 
 

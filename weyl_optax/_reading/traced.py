@@ -1,18 +1,18 @@
 """How the leaves of a parameter tree are read from the program that uses them.
 
-A leaf is read by the product in which it meets the data, which is what depends on the inputs. Of
-its axes, those that the product sums are reduced, those along which the data does not vary are the
-output, and those that both have and keep are batch axes, as are axes that are scanned over or
-indexed. Without a reduction or an output it is a vector of all its axes: a bias or a gain. On its
-way to the data a leaf stays what it is under layout, arithmetic and masks. A product with a
-constant hands the axes that it sums on to those that take their place. A product with other
-weights does too, but what it has summed is a side of the matrix only where the leaf has no axis of
-its own for it, as in LoRA, and otherwise a batch axis, as in a mixture. Rows that the data picks,
-by indices or by shares such as those of a softmax, are reduced along the axis that is picked,
-unless they are matrices that multiply the data in turn: then they are experts, and it is a batch
-axis. A product counts before entries that meet the data one by one, and those before a statistic,
-so that no mask and no penalty undoes a reading; among products, that of the leaf as it is comes
-first. An axis of size 1 belongs to nothing, and a leaf with one axis or none has one reading.
+A leaf is read by the product in which it meets the data, meaning anything that depends on the
+inputs. Of its axes, those that the product sums are reduced, those along which the data does not
+vary are the output, and those that both have and keep are batch axes, as are axes that are scanned
+over or indexed. Without a reduction or an output it is a vector of all its axes: a bias or a gain.
+On the way to the data, layout, arithmetic and masks do not change what a leaf is. A product with a
+constant passes the axes it sums on to those that take their place. A product with other weights
+does too, but an axis it has summed is a side of the matrix only if the leaf has no axis of its own
+for that side, as in LoRA, and otherwise a batch axis, as in a mixture. Rows that the data picks, by
+indices or by shares such as a softmax's, are reduced along the axis that is picked, unless they are
+matrices that multiply the data in turn: then they are experts, and it is a batch axis. A product
+takes precedence over entries that meet the data one by one, and those over a statistic, so no mask
+or penalty undoes a reading; among products, one of the leaf itself comes first. An axis of size 1
+counts for nothing, and a leaf with one axis or none has only one reading.
 
 The jaxpr of the loss is interpreted with abstract values that know which axes of which leaves they
 hold, and along which of their own axes the data varies.
@@ -63,33 +63,33 @@ def dimension_numbers_from(
     anything elementwise           none                    all
     =============================  ======================  ===============
 
-    Axes that are scanned over, indexed, or batch axes of the product are batch axes. What is
-    elementwise, as a mask, or meets no product with the inputs, as a penalty, counts where
-    nothing else does. Axes of size 1 count on neither side. Members under a :func:`jax.vmap`
-    that all take the same input are one matrix with more outputs: where each is to be a matrix
-    of its own, say so in `overrides`.
+    Axes that are scanned over, indexed, or batch axes of the product are batch axes. Elementwise
+    uses, such as a mask, and uses without a product with the inputs, such as a penalty, count
+    only if nothing else does. Axes of size 1 count on neither side. Members under a
+    :func:`jax.vmap` that all take the same input are one matrix with more outputs: to make each
+    a matrix of its own, say so in `overrides`.
 
     Args:
         fn: The training loss, or the model's call, of any framework.
         params: A tree of arrays or of :class:`jax.ShapeDtypeStruct`.
         *args: The other arguments of `fn`, among them the inputs: trees of arrays or of
-            :class:`jax.ShapeDtypeStruct`; what else is in them is passed on as it is.
+            :class:`jax.ShapeDtypeStruct`; anything else in them is passed on unchanged.
             Arrays that `fn` closes over are constants, not inputs.
-        overrides: Patterns of paths, as ``'*/norm/scale'``, and what to return for
-            their leaves, `None` to leave them unbounded. The first that matches counts.
-        by_part: Whether a fused kernel is several matrices: those into which slices, a split or
-            an unstack cut its product with the inputs, or the kernel itself. So is its bias.
-            Pieces that are added up or put side by side again are not split.
-        **kwargs: As `args`.
+        overrides: Patterns of paths, such as ``'*/norm/scale'``, and what to return for
+            their leaves, `None` to leave them unbounded. The first match counts.
+        by_part: Whether to read a fused kernel as the several matrices into which slices, a
+            split or an unstack cut its product with the inputs, or the kernel itself; its bias,
+            too. Pieces that are added up or concatenated again are not split.
+        **kwargs: Like `args`.
 
     Returns:
-        A tree like `params`, boxes taken off, with an
+        A tree like `params`, unboxed, with an
         :class:`optax.contrib.MuonDimensionNumbers` for each leaf, or `None` where it is not an
         array of floats; with `by_part`, a :class:`SplitDimensionNumbers` where it has parts.
 
     Raises:
-        ValueError: If a leaf with several axes is not used, or in two ways, or in a way that is
-            not known; or if a pattern matches no path.
+        ValueError: If a leaf with several axes is not used, is used in two ways, or in a way
+            that is not known; or if a pattern matches no path.
 
     Example:
         >>> import jax
@@ -202,12 +202,12 @@ class _View(NamedTuple):
     mixed: _Axes = frozenset()  # that were summed, alone or with other weights
     mixed_first: _Axes = frozenset()  # by the first of these sums
     scaled: _Axes = frozenset()  # that the data multiplied, without varying along the others
-    by_shares: bool = False  # what multiplied them
+    by_shares: bool = False  # whether shares multiplied them
     use: "_Use | None" = None  # in which it met the data, or that cannot be followed
 
     @property
     def has_met(self) -> bool:
-        """Whether it has met the data, and is followed for a product to come."""
+        """Whether it has met the data, and is followed to a later product."""
         return self.use is not None and not self.use.problem
 
     def rearrange(self, axes: Iterable[_Axis]) -> "_View":
@@ -226,7 +226,7 @@ class _View(NamedTuple):
         return self._replace(mixed=self.mixed | axes, mixed_first=self.mixed_first or axes)
 
     def insert(self, position: int, size: int) -> "_View":
-        """Broadcast over an axis more."""
+        """Broadcast over one more axis."""
         axes = (*self.axes[:position], _broadcast(size), *self.axes[position:])
         return self._replace(axes=axes)
 
@@ -249,7 +249,7 @@ class _View(NamedTuple):
 
 
 def _views(leaf: _Leaf | None) -> tuple[_View, ...]:
-    """A leaf itself, if it is followed: that of one axis or none has one reading."""
+    """A leaf itself, if it is followed: one with one axis or none has only one reading."""
     if leaf is None or len(leaf.shape) < 2:
         return ()
     axes = tuple((_Piece(frozenset([i]), size),) for i, size in enumerate(leaf.shape))
@@ -311,7 +311,7 @@ def _varying(shape: Iterable[int]) -> _View:
 
 
 class _Value(NamedTuple):
-    views: tuple[_View, ...] = ()  # the leaves it is made of, if no product with the data has come
+    views: tuple[_View, ...] = ()  # the leaves it is made of, before a product with the data
     data: _View | None = None  # along which axes it varies with the inputs, if it does
     is_weight: bool = False  # it depends on params
     is_share: bool = False  # it is data in [0, 1], or sums and products of that: what mixes
@@ -325,7 +325,7 @@ class _Value(NamedTuple):
 
 
 def _join(*values: _Value) -> _Value:
-    """What is one of them, or made of all of them elementwise."""
+    """A value that is one of them, or made of all of them elementwise."""
     views = _unique(view for value in values for view in value.views)
     data = [value.data.axes for value in values if value.data]
     joined = _data(map(_overlay, *data)) if data else None
@@ -335,7 +335,7 @@ def _join(*values: _Value) -> _Value:
 
 
 def _number(shape: tuple[int, ...], value: _Value) -> _Value:
-    """What cannot be followed is a statistic, as a norm, when it has come to one number."""
+    """A value that cannot be followed is a statistic, such as a norm, once it is one number."""
     if math.prod(shape) > 1:
         return value
     axes = tuple(map(_broadcast, shape))
@@ -375,7 +375,7 @@ _ELEMENTWISE = _LINEAR | frozenset(
     "is_finite le lgamma log log1p logistic lt max min ne nextafter not or pow "
     "rem round rsqrt sign sin sinh sqrt square tan tanh xor".split()
 )
-# Data becomes shares in the first, and stays them in the second, if all data in it is.
+# The first turn data into shares; the second keep shares, if all their data is.
 _MAKE_SHARES = frozenset("eq exp exp2 ge gt le logistic lt ne".split())
 _KEEP_SHARES = frozenset("add div max mul reduce_max reduce_sum select_n".split())
 _REDUCTIONS = frozenset(
@@ -414,9 +414,9 @@ def _layouts(eqn: JaxprEqn, view: _View) -> list[_View]:
 
 
 def _product_axes(eqn: JaxprEqn, view: _View, side: int) -> list[_Axis]:
-    """The axes of a product: those of its batch, of lhs, and of rhs.
+    """The axes of a product: of its batch, of lhs, and of rhs.
 
-    Those of the other side run over the axes of the leaf that they have been contracted with.
+    Axes of the other side run over the axes of the leaf that they have been contracted with.
     """
     contracted, batch = (sides[side] for sides in eqn.params["dimension_numbers"])
     (shape,), shared = shapes_of(eqn.outvars), [view.axes[i] for i in batch]
@@ -433,7 +433,7 @@ class _Interpreter:
     def __init__(self):
         self.uses: list[_Use] = []
         self.superseded: set[_Use] = set()  # lookups of experts
-        self.eqns: list[JaxprEqn] = []  # the equation that is applied, and before it its callers
+        self.eqns: list[JaxprEqn] = []  # the equation being applied, after its callers
 
     def run(self, jaxpr: Jaxpr, operands: Sequence[_Value]) -> list[_Value]:
         """The outputs of a program."""
@@ -468,13 +468,13 @@ class _Interpreter:
             inside = list(map(_Value.resize, operands, shapes_of(body.invars)))
             return list(map(_Value.resize, self.run(body, inside), shapes_of(eqn.outvars)))
         is_weight = any(operand.is_weight for operand in operands)
-        if name.startswith("random_"):  # a key is an input, but no data
+        if name.startswith("random_"):  # a key is an input, but not data
             return [_Value()] * len(eqn.outvars)
         if not any(operand.views or operand.data for operand in operands):
             return [_Value(is_weight=is_weight)] * len(eqn.outvars)
         if name in _IDENTITIES:
             return operands
-        if name == "sort":  # all operands as the data orders the first
+        if name == "sort":  # all operands, in the order of the first
             order = _Value(data=_join(*operands).data)
             return [_join(order, operand) for operand in operands]
         if name in _ELEMENTWISE and name != "dot_general":
@@ -526,7 +526,7 @@ class _Interpreter:
     def loop(
         self, body: Jaxpr, consts: list[_Value], carry: list[_Value], xs: Sequence[_Value] = ()
     ) -> tuple[list[_Value], list[_Value]]:
-        """The carry, which is what it is at the start or after any iteration, and the rest."""
+        """The carry, as it may be at the start or after any iteration, and the rest."""
         start = len(self.uses)
         while True:
             outputs = self.run(body, [*consts, *carry, *xs])
@@ -537,7 +537,7 @@ class _Interpreter:
             carry = after
 
     def elementwise(self, eqn: JaxprEqn, operands: list[_Value]) -> _Value:
-        """Entries side by side. Those of a leaf are followed while the value is linear in them."""
+        """Entry by entry. A leaf's entries are followed while the value is linear in them."""
         name, (shape,) = eqn.primitive.name, shapes_of(eqn.outvars)
         if name == "stack":
             axis, size = eqn.params["axis"], len(operands)
@@ -581,13 +581,13 @@ class _Interpreter:
     def meet(
         self, view: _View, others: _Value, data: Sequence[_Axis], scales: bool, spanned: set[int]
     ) -> Iterable[_View]:
-        """Notes that entries of a leaf meet data of their shape, and gives what is followed."""
+        """Notes that entries of a leaf meet data of their shape, and returns what is followed."""
         use = self.entries(view, _ENTRIES)
         held = _wide(view.leaf, _held(view.axes))
         if view.use or not held or len(view.axes) != len(data):
             return []
         if not _held(data) or any(not other.use for other in others.views):
-            return [view]  # the data is a scalar, as a loss scale, or it is in another weight
+            return [view]  # the data is a scalar, such as a loss scale, or in another weight
         along = [i for i, axis in enumerate(data) if _held([axis])]
         varied = held & _held(view.axes[i] for i in along)
         is_of_each_sample = not spanned.issuperset(along)
@@ -601,7 +601,7 @@ class _Interpreter:
         return self.activate(view)
 
     def reduce(self, eqn: JaxprEqn, operand: _Value) -> _Value:
-        """Sums and the like. Of entries that the data has scaled, a product with the data."""
+        """Sums and the like. A sum of entries that the data has scaled is a product with it."""
         dropped, is_sum = eqn.params["axes"], eqn.primitive.name == "reduce_sum"
         views = []
         for view in operand.views:
@@ -620,7 +620,7 @@ class _Interpreter:
         return result._replace(is_share=operand.is_share and eqn.primitive.name in _KEEP_SHARES)
 
     def outer_product(self, eqn: JaxprEqn, operands: list[_Value]) -> _Value:
-        """A product that sums nothing, as einsum's "bd,d->bd"."""
+        """A product that sums nothing, such as einsum's "bd,d->bd"."""
         sides = [
             operand.map(lambda view, side=side: view.rearrange(_product_axes(eqn, view, side)))
             for side, operand in enumerate(operands)
@@ -671,7 +671,7 @@ class _Interpreter:
     def contract(
         self, view: _View, other: _Value, roles: _Roles, result: _View, is_row: bool = True
     ) -> Iterable[_View]:
-        """Sums axes of a leaf in a product, and gives what is followed of the result."""
+        """Sums axes of a leaf in a product, and returns what is followed of the result."""
         lost = roles.reduction - _held(result.axes)
         if not other.data:
             are_rows = view.has_met and view.use and view.use.kind == _PRODUCT
@@ -709,7 +709,7 @@ class _Interpreter:
 
         def select(view: _View) -> _View:
             rest = (a for i, a in enumerate(view.axes) if i not in (*selected, *batching))
-            if by_input and _held(rest):  # rows of tables that are batched as the indices
+            if by_input and _held(rest):  # rows of tables batched like the indices
                 own = _held(view.axes[i] for i in batching)
                 view = view._replace(batch=view.batch | own, looked_up=view.looked_up | own)
             if not is_one_index:
@@ -730,7 +730,7 @@ class _Interpreter:
         return map(select, operand.views)
 
     def look_up(self, view: _View, axes: list[int], by_input: bool) -> _View:
-        """Some entries of these axes. By constant indices, they may yet be a part of a weight."""
+        """Some entries of these axes. With constant indices, they may still be part of a weight."""
         if not axes or (view.use and (view.use.kind != _ENTRIES or view.use.is_activation)):
             return view
         looked_up = view.looked_up | _held(view.axes[i] for i in axes)
@@ -759,7 +759,7 @@ class _Interpreter:
         batch = (batch - view.mixed) | view.batch
         if view.use and view.use.problem:
             return self.note(view.use)
-        if view.use and view.use.kind == _PRODUCT:  # rows are activations, but if they are experts
+        if view.use and view.use.kind == _PRODUCT:  # rows are activations, unless they are experts
             if is_row:  # several experts of each row
                 reduction, output = reduction - view.looked_up, output - view.looked_up
             are_experts = view.looked_up <= batch and not view.looked_up & (reduction | output)
@@ -821,7 +821,7 @@ class _Interpreter:
         return self.note(_Use(view.leaf, tuple(self.eqns), _STATISTIC, problem))
 
     def unknown(self, operands: Sequence[_Value], shape: tuple[int, ...]) -> tuple[_View, ...]:
-        """What an operation that cannot be followed makes: a problem where the data meets it."""
+        """The result of an operation that cannot be followed: a problem where the data meets it."""
         axes, problem = tuple(map(_broadcast, shape)), "is an operation that cannot be followed"
         views = (view for operand in operands for view in operand.views)
         unknown = [
@@ -849,7 +849,7 @@ class _Use(NamedTuple):
     """An operation that uses a leaf, and the reading that it gives or the problem with it."""
 
     leaf: _Leaf
-    eqns: tuple[JaxprEqn, ...]  # the operation, and before it its callers
+    eqns: tuple[JaxprEqn, ...]  # the operation, after its callers
     kind: int
     problem: str = ""
     axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
@@ -858,7 +858,7 @@ class _Use(NamedTuple):
 
     @property
     def rank(self) -> tuple[int, int, bool]:
-        """What counts is a product, of the leaf as it is, and one with a matrix."""
+        """Products count first, then those of the leaf itself, then those with a matrix."""
         return (
             self.kind,
             -self.num_mixed,
@@ -871,7 +871,7 @@ class _Use(NamedTuple):
         return frozenset(filter(None, (_wide(self.leaf, axes) for axes in self.axes)))
 
     def __str__(self) -> str:
-        # Inside of a function of JAX's own no frame is the user's.
+        # Inside a function of JAX's own, no frame is the user's.
         places = (summarize(eqn.source_info) for eqn in reversed(self.eqns))
         where = f"{self.eqns[-1].primitive.name} at {next(filter(None, places), 'an unknown line')}"
         return f"{where} {self.problem or f'reads it as {MuonDimensionNumbers(*self.axes)}'}"

@@ -1,4 +1,4 @@
-"""The sister papers and the rivals, in Optax's form: what else trains without warmup."""
+"""Other ways to train without warmup, from the sister papers and the rivals, in Optax's form."""
 
 from weyl_optax.contrib._catapult import CatapultState, catapult_schedule, scale_by_catapult
 from weyl_optax.contrib._gi_adam import gi_adamw, scale_by_gi_adam

@@ -1,4 +1,4 @@
-"""Warmup from the critical learning rate, in place of zero."""
+"""Warmup from the critical learning rate, instead of zero."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,16 +17,16 @@ def catapult_schedule(
 ) -> optax.Schedule:
     r"""Warm up from the learning rate that the first step can bear, then decay by a cosine.
 
-    The rate grows as in a linear warmup from zero over ``warmup_steps``, and starts where
+    The rate follows a linear warmup from zero over ``warmup_steps``, but starts where
     that reaches ``initial``: it takes :math:`T (1 - \eta_0 / \eta)` of its :math:`T` steps, and
-    none where the peak is not above ``initial``.
+    none if the peak is not above ``initial``.
 
     Args:
         initial: The rate of the first step, from
             :func:`weyl_optax.dynamics.critical_learning_rate`.
         peak: The rate after the warmup.
-        warmup_steps: Of a warmup from zero.
-        decay_steps: The number of all steps, at whose end the rate is zero.
+        warmup_steps: Length of a warmup from zero.
+        decay_steps: The total number of steps, after which the rate is zero.
 
     Returns:
         The :class:`optax.Schedule`.
@@ -63,23 +63,23 @@ def scale_by_catapult(
     initial: jax.typing.ArrayLike = 1e-4,
     tolerance: jax.typing.ArrayLike = 0.01,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Raise the learning rate to the critical one, each time that the loss has come down.
+    r"""Raise the learning rate to the critical one each time the loss has come down.
 
-    The persistent catapult, which stands where :func:`optax.scale_by_learning_rate` would, and
-    wants no length of a warmup. The first step takes the critical rate along its update. That may
-    raise the loss; as soon as a loss is below that of the last search, the rate is raised to what
-    is then critical. At ``target`` the search ends, and costs nothing more. (Derived: the paper's
-    algorithm 3 was not at hand.)
+    The persistent catapult. It takes the place of :func:`optax.scale_by_learning_rate`, and
+    needs no warmup length. The first step takes the critical rate along its update. That may
+    raise the loss; as soon as it is below the loss at the last search, the rate is raised to the
+    new critical one. At ``target`` the search ends, and costs nothing more. (Derived, without
+    the paper's algorithm 3.)
 
     Args:
         target: The largest rate.
         initial: The rate from which a search starts; see
             :func:`weyl_optax.dynamics.critical_learning_rate`.
-        tolerance: The relative rise of the loss that a step at the critical rate may have.
+        tolerance: How much a step at the critical rate may raise the loss, relative to it.
 
     Returns:
-        A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the params, and, as
-        Optax's line searches do, ``value=``, the loss, and ``value_fn=``, the loss of this batch
+        A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the params, and, like
+        Optax's line searches, ``value=``, the loss, and ``value_fn=``, the loss of this batch
         as a function of the params.
 
     Raises:

@@ -21,19 +21,19 @@ def scale_by_gi_adam(
 ) -> optax.GradientTransformation:
     r"""Rescale updates by Adam with its second moment initialized by the first gradient.
 
-    With :math:`v_0 = a g_1^2` in place of 0, and the bias corrections as ever, the first
-    update is :math:`\sqrt{1 - \beta_2}` times that of Adam; as long as gradients keep their
-    size, update :math:`t` is :math:`\sqrt{1 - \beta_2^t}` times that of Adam: a warmup that comes
+    With :math:`v_0 = a g_1^2` in place of 0, and the usual bias corrections, for :math:`a = 1`
+    the first update is :math:`\sqrt{1 - \beta_2}` times Adam's; as long as gradients keep their
+    size, update :math:`t` is :math:`\sqrt{1 - \beta_2^t}` times Adam's: a warmup that comes
     out of the moments.
 
     Args:
         b1: Exponential decay rate of the first moment.
         b2: Exponential decay rate of the second moment.
-        eps: Added to the denominator, outside of the root.
-        eps_root: Added to the denominator, inside of the root.
-        mu_dtype: The dtype of the first moment, by default that of the params.
+        eps: Added to the denominator, outside the root.
+        eps_root: Added to the denominator, inside the root.
+        mu_dtype: The dtype of the first moment, by default the params' dtype.
         nesterov: Whether to use Nesterov momentum.
-        init_scale: :math:`a`, at least 1 as the paper suggests.
+        init_scale: :math:`a`; the paper suggests at least 1.
 
     Returns:
         A :class:`optax.GradientTransformation` with the state of :func:`optax.scale_by_adam`.
@@ -88,12 +88,12 @@ def gi_adamw(
     """GI-AdamW: :func:`optax.adamw` with the second moment of :func:`scale_by_gi_adam`.
 
     Args:
-        learning_rate: As for :func:`optax.adamw`, and so are the arguments that follow.
+        learning_rate: As for :func:`optax.adamw`, like the arguments that follow.
         b1: Exponential decay rate of the first moment.
         b2: Exponential decay rate of the second moment.
-        eps: Added to the denominator, outside of the root.
-        eps_root: Added to the denominator, inside of the root.
-        mu_dtype: The dtype of the first moment, by default that of the params.
+        eps: Added to the denominator, outside the root.
+        eps_root: Added to the denominator, inside the root.
+        mu_dtype: The dtype of the first moment, by default the params' dtype.
         weight_decay: Strength of the decoupled weight decay, or a schedule.
         mask: The leaves to decay.
         nesterov: Whether to use Nesterov momentum.

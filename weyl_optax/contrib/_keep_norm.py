@@ -1,4 +1,4 @@
-"""Weights that keep the norms with which they began."""
+"""Weights that keep their initial norms."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightD
 class KeepNormState(NamedTuple):
     """State of :func:`keep_norm`."""
 
-    norm: Any  # A tree like the params; shape=batch. Of the first update's weight; -1 before.
+    norm: Any  # A tree like the params; shape=batch. Set at the first update; -1 before.
 
 
 def keep_norm(
@@ -23,9 +23,9 @@ def keep_norm(
     *,
     per: Per = "unit",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keep the norm of every unit's weights, or of every matrix, at what it began with.
+    r"""Keep the initial norm of every unit's weights, or of every matrix.
 
-    It stands last in a chain. The update :math:`u` loses its part along the weight
+    Put it last in a chain. The update :math:`u` loses its part along the weight
     :math:`w`, and the weight returns to its sphere:
 
     .. math::
@@ -41,13 +41,13 @@ def keep_norm(
             :func:`weyl_optax.scale_by_weyl_bound`. Vectors and scalars, which are biases and
             gains, are left to the optimizer, and so are units with one input, which could not
             move. The rows of an embedding, one for each token,
-            keep their norms where it is read as ``MuonDimensionNumbers(1, 0)``.
+            keep their norms if it is read as ``MuonDimensionNumbers(1, 0)``.
         per: ``"unit"`` for the 2-norm of the incoming weights of every output unit,
             ``"matrix"`` for the Frobenius norm.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the params, and
-        the first one takes their norms. A unit, or a matrix, that is zero then is left to the
+        the first call stores their norms. A unit, or a matrix, that is zero then is left to the
         optimizer: it would never move.
 
     Raises:
@@ -108,7 +108,7 @@ def keep_norm(
 
 
 def _step_on_sphere(u: jax.Array, w: jax.Array, norm: jax.Array, spec: MatrixSpec) -> jax.Array:
-    """The update that takes the weight to its sphere, without the difference of large numbers."""
+    """The update that takes the weight to its sphere, without subtracting large numbers."""
     d = tangent(u, w, spec)
     w = w.astype(d.dtype)
     moved = jnp.hypot(length(w, spec), length(d, spec))

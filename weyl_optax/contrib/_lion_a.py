@@ -15,25 +15,25 @@ from weyl_optax.contrib._rotate import adamw_angle, rotate
 def scale_by_lion_a(
     b: float = 0.9, *, nesterov: bool = False, inverse_bias_correction: bool = False
 ) -> optax.GradientTransformation:
-    r"""Rescale updates to the sign of the momentum, times the size that Adam's would have.
+    r"""Rescale updates to the sign of the momentum, times the size that Adam's update would have.
 
     .. math::
 
         m_t = \beta m_{t-1} + (1 - \beta) g_t, \qquad
         u_t = \sqrt{\frac{1 - \beta}{1 + \beta}} \, \mathrm{sign}(m_t)
 
-    The factor is the root mean square of the update of Adam where the gradient is noise, so that
-    learning rate and weight decay carry over. (Derived: the paper's text was not at hand.)
+    The factor is the root mean square of Adam's update if the gradient is noise, so
+    learning rate and weight decay carry over. (Derived, without the paper's text.)
 
     Args:
         b: Decay rate :math:`\beta` of the momentum.
-        nesterov: Whether the sign is that of :math:`\beta m_t + (1 - \beta) g_t`.
-        inverse_bias_correction: Whether update :math:`t` is multiplied by :math:`1 - \beta^t`: the
-            opposite of what Adam does. The paper's training without warmup takes it,
+        nesterov: Whether to take the sign of :math:`\beta m_t + (1 - \beta) g_t`.
+        inverse_bias_correction: Whether to multiply update :math:`t` by :math:`1 - \beta^t`: the
+            opposite of what Adam does. The paper uses it to train without warmup,
             with ``nesterov`` and :math:`\beta = 0.98`.
 
     Returns:
-        A :class:`optax.GradientTransformation`: :func:`optax.scale_by_lion` and a factor.
+        A :class:`optax.GradientTransformation`: :func:`optax.scale_by_lion` times a factor.
 
     Example:
         >>> import jax.numpy as jnp
@@ -104,19 +104,19 @@ def lion_ar(
     r"""LionAR: LionA in rotational equilibrium from the first step.
 
     Every unit of a matrix turns by the angle :math:`\sqrt{2 \eta_t \lambda \frac{1 - \beta}{1 +
-    \beta}}`, at which LionA with the weight decay :math:`\lambda` would arrive in time, and keeps
-    its norm; see :func:`rotate`. Vectors, scalars and units with one input take the steps of
-    LionA, without decay.
+    \beta}}`, which LionA with the weight decay :math:`\lambda` would reach in time, and keeps
+    its norm; see :func:`rotate`. Vectors, scalars and units with one input take LionA's
+    steps, without decay.
 
     Args:
         learning_rate: As for :func:`optax.adamw`.
         b: Decay rate of the momentum.
-        weight_decay: :math:`\lambda`, of which only the angle is made.
+        weight_decay: :math:`\lambda`, which only sets the angle.
         weight_dimension_numbers: How each leaf is read as matrices, see :func:`keep_norm`; a
-            leaf with ``None`` takes the steps of LionA.
+            leaf with ``None`` takes LionA's steps.
         per: ``"unit"`` or ``"matrix"``.
         nesterov: See :func:`scale_by_lion_a`.
-        inverse_bias_correction: See :func:`scale_by_lion_a`; of the angle, too.
+        inverse_bias_correction: See :func:`scale_by_lion_a`; it scales the angle, too.
 
     Returns:
         The corresponding :class:`optax.GradientTransformationExtraArgs`.

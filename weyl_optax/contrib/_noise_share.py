@@ -17,7 +17,7 @@ class NoiseShareState(NamedTuple):
     """State of :func:`scale_by_noise_share`."""
 
     inner_state: Any
-    num_finite: Any  # A tree like the params; shape=batch. The gradients in the averages.
+    num_finite: Any  # A tree like the params; shape=batch. Number of gradients in the averages.
     mean: Any  # A tree like the params. Of the gradients, not corrected for bias.
     mean_square: Any  # The same; shape=batch. Of the norms of gradients, not corrected for bias.
 
@@ -28,12 +28,12 @@ def scale_by_noise_share(
     *,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scale the updates of each matrix by the root of the share of noise in its gradients.
+    r"""Scale the updates of each matrix by the root of the noise share of its gradients.
 
     While gradients agree, as they do early in training, a step of a given size changes what a
-    network computes by :math:`\sqrt{1 + B \varphi}` times as much as one along noise, with the
+    network computes :math:`\sqrt{1 + B \varphi}` times as much as one along noise, with the
     batch size :math:`B` and the signal-to-noise ratio :math:`\varphi` of an example. This
-    takes it back, by :math:`\sqrt{s}` with the share of noise :math:`s = 1 / (1 + B \varphi)`:
+    undoes it, by :math:`\sqrt{s}` with the noise share :math:`s = 1 / (1 + B \varphi)`:
 
     .. math::
 
@@ -41,21 +41,21 @@ def scale_by_noise_share(
         r_t = \frac{1 - \beta}{1 + \beta} \cdot \frac{1 + \beta^t}{1 - \beta^t},
 
     with the averages :math:`m_t` of the gradients and :math:`E_t` of their squared norms, both
-    corrected for bias. :math:`r_t` is :math:`\|m_t\|^2 / E_t` where all is noise, so the share
-    is right from the second update on. The first one, of which nothing can be said, is left out: it
-    is zero. (Derived: the paper's text was not at hand.)
+    corrected for bias. :math:`r_t` is :math:`\|m_t\|^2 / E_t` if all is noise, so the share
+    is right from the second update on. Nothing is known at the first update, which is set to
+    zero. (Derived, without the paper's text.)
 
     Args:
-        inner_optimizer: What makes the updates. The gradients are seen before it, and its
-            updates scaled after it.
+        inner_optimizer: Makes the updates. Gradients are measured before it, and its updates
+            scaled after it.
         b: Decay rate :math:`\beta` of both averages.
-        weight_dimension_numbers: How each leaf is read as matrices, which have a share each;
-            see :func:`weyl_optax.scale_by_weyl_bound`. Where it is ``None``, updates pass.
+        weight_dimension_numbers: How each leaf is read as matrices, each with its own share;
+            see :func:`weyl_optax.scale_by_weyl_bound`. Where it is ``None``, updates pass through.
 
     Returns:
-        A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs no params, but for
-        the inner optimizer. Gradients of one sign and size, as those of the same batch each time,
-        have no noise, and their updates go to zero.
+        A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs params only if
+        the inner optimizer does. Gradients of one sign and size, such as of the same batch each
+        time, have no noise, and their updates go to zero.
 
     Raises:
         ValueError: If ``b`` is negative, or if ``weight_dimension_numbers`` does not fit.
@@ -110,7 +110,7 @@ def scale_by_noise_share(
         ):
             g = jnp.asarray(g).astype(mean.dtype)
             now = inner(g, g, spec)
-            finite = jnp.isfinite(now)  # what is not passes into the update alone
+            finite = jnp.isfinite(now)  # if not, it passes into the update alone
             count = jnp.where(finite, count + 1, count)
             unbiased = 1 - rate**count
             noise_only = (1 - rate) / (1 + rate) * (2 - unbiased) / unbiased

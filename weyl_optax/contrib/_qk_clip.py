@@ -1,4 +1,4 @@
-"""QK-Clip: query and key weights shrink where the logits of attention are too large."""
+"""QK-Clip: shrink query and key weights where attention logits are too large."""
 
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,25 +23,25 @@ def qk_clip(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrink the query and key weights of every head whose attention logits are too large.
 
-    It stands last in a chain. With the largest logit :math:`S` of a head in the batch, and the
+    Put it last in a chain. With the largest logit :math:`S` of a head in the batch, and the
     threshold :math:`t`, the weights after the step are multiplied by
 
     .. math::
 
         \sqrt{\min(1, t / S)}
 
-    both in the query's and the key's layer, so that the head's logits shrink by
-    :math:`\min(1, t / S)`. Where no logit is above the threshold, nothing happens.
+    in both the query's and the key's layer: the head's logits shrink by
+    :math:`\min(1, t / S)`. If no logit is above the threshold, nothing happens.
 
     Args:
         threshold: :math:`t`, above 0.
         layers: Patterns of the paths of a query's and a key's layer, see :mod:`fnmatch`. Their
-            leaves, kernels and biases, have the last two axes (heads, head dimension), as in
-            Flax; whatever is before the features of a kernel is a stack of layers.
+            leaves, kernels and biases, end in the axes (heads, head dimension), as in
+            Flax; axes before the features of a kernel are a stack of layers.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs` without state. Its ``update`` needs the
-        params, and ``max_logits=``: a dict from the path of each attention, as
+        params, and ``max_logits=``: a dict from the path of each attention, such as
         ``"blocks/attention"``, to the largest logits of its heads, shape (\*stack, heads).
 
     Raises:
@@ -108,7 +108,7 @@ def _logits_of(attention: str, leaf: str, w: Any, max_logits: Any) -> jax.Array:
         )
     largest = jnp.asarray(max_logits[attention])
     shape, stack = shape_of(w), largest.ndim - 1
-    own = shape[stack:]  # (features, heads, head dimension), or that of a bias
+    own = shape[stack:]  # (features, heads, head dimension), or without features for a bias
     if len(own) not in (2, 3) or largest.shape != (*shape[:stack], own[-2]):
         raise ValueError(
             f"max_logits[{attention!r}] has the shape {largest.shape}, and the leaf {leaf!r} "

@@ -1,4 +1,4 @@
-"""Updates that turn every weight by an angle that is set, as in rotational equilibrium."""
+"""Updates that turn every weight by a set angle, as in rotational equilibrium."""
 
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ class ScaleByAngleState(NamedTuple):
     """State of the first part of :func:`rotate`."""
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
-    num_finite: Any  # A tree like the params; shape=batch. The updates that `mean_square` has.
-    mean_square: Any  # A tree like the params; shape=batch. Of the norms of updates, not corrected.
+    num_finite: Any  # A tree like the params; shape=batch. Number of updates in `mean_square`.
+    mean_square: Any  # A tree like the params; shape=batch. Of update norms, not bias-corrected.
 
 
 def rotate(
@@ -31,8 +31,8 @@ def rotate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turn the weights of every unit by a given angle, on average, and keep their norms.
 
-    It stands last in a chain, behind any optimizer, and takes no more than the directions of
-    its updates. With :math:`d` the part of the update that is orthogonal to the weight,
+    Put it last in a chain, after any optimizer: it uses only the directions of the optimizer's
+    updates. With :math:`d` the part of the update that is orthogonal to the weight,
 
     .. math::
 
@@ -40,14 +40,14 @@ def rotate(
         v = w + \eta_r \|w_0\| \frac{d}{\sqrt{\mathrm{EMA}(\|d\|^2)}}.
 
     With ``decay=0`` each update turns by :math:`\arctan \eta_r`. That, with ``per="matrix"``, is
-    the hyperball update of AdamH and MuonH, but for their update's part along the weight,
-    which they leave in it before they return to the sphere.
+    the hyperball update of AdamH and MuonH, except that they keep the update's part along
+    the weight before they return to the sphere.
 
     Args:
-        angle: :math:`\eta_r`, in radians for each update, or a schedule. The angle to which
-            AdamW settles by itself is given by :func:`adamw_angle`.
+        angle: :math:`\eta_r`, in radians for each update, or a schedule. :func:`adamw_angle`
+            gives the angle to which AdamW settles by itself.
         weight_dimension_numbers: How each leaf is read as matrices, see :func:`keep_norm`.
-            What that leaves to the optimizer keeps the update that it is given.
+            What that leaves to the optimizer keeps its update.
         per: ``"unit"`` or ``"matrix"``, see :func:`keep_norm`.
         decay: Rate of the exponential moving average, with bias correction.
 
@@ -96,7 +96,7 @@ def _scale_by_angle(
         if is_placeholder(params):
             return ScaleByAngleState(0, 0, 0)  # type: ignore
         leaves = BoundedLeaves(params, vectors)
-        # Buffers of their own: a jitted step may donate the state.
+        # Separate buffers, since a jitted step may donate the state.
         zeros = (
             leaves.put(list(map(zero_norms, leaves.of(params), leaves.specs))) for _ in range(2)
         )
@@ -125,7 +125,7 @@ def _scale_by_angle(
             u, w = jnp.asarray(u), jnp.asarray(w)
             d = tangent(u, w, spec)
             square = inner(d, d, spec)
-            # What is not finite passes into the update, and not into the state.
+            # Values that are not finite pass into the update, but not into the state.
             finite = jnp.isfinite(square)
             count = jnp.where(finite, count + 1, count)
             new = jnp.where(finite, decay * mean + (1 - decay) * square, mean)
@@ -150,7 +150,7 @@ def adamw_angle(
     weight_decay: jax.typing.ArrayLike,
     b1: jax.typing.ArrayLike = 0.9,
 ) -> jax.Array:
-    r"""Compute the angle of an update of AdamW in equilibrium, in radians.
+    r"""Compute the angle of AdamW's update in equilibrium, in radians.
 
     :math:`\sqrt{2 \eta \lambda \frac{1 - \beta_1}{1 + \beta_1}}`, for a weight whose gradient is
     noise; see table 1 of `Rotational Equilibrium <https://arxiv.org/abs/2305.17212>`_.

@@ -13,7 +13,7 @@ from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
 from weyl_optax._reading.granularity import map_entries
 from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn, axes_of
 
-# Above it the cubic takes what rounding has put above 1 to less than `least`.
+# Above this, the cubic takes values that rounding has put above 1 to below `least`.
 _MAX_SCALE = 1.69
 
 
@@ -30,15 +30,15 @@ def soft_spectral_clip(
         U \leftarrow \left(I + U U^\top / c^2\right)^{-1/2} U
 
     takes a singular value :math:`\sigma` to :math:`\sigma / \sqrt{1 + \sigma^2 / c^2}`: itself
-    where it is small, and :math:`c` where it is large, without a decomposition: by a scaled
-    Newton-Schulz iteration, in products of matrices alone. In float32, rounding adds an error of
-    about :math:`10^{-7} \|U\|_2` to the tolerance, as much as the update's own rounding is.
+    if it is small, and :math:`c` if it is large. It needs no decomposition, only the matrix
+    products of a scaled Newton-Schulz iteration. In float32, rounding adds an error of
+    about :math:`10^{-7} \|U\|_2` to the tolerance, as much as the update's own rounding.
 
     Args:
         max_norm: :math:`c`, above 0.
         weight_dimension_numbers: How each leaf is read as matrices, see
-            :func:`weyl_optax.scale_by_weyl_bound`. Vectors and scalars pass.
-        tolerance: The iteration ends when this is the largest relative error, but for rounding.
+            :func:`weyl_optax.scale_by_weyl_bound`. Vectors and scalars pass through.
+        tolerance: Largest relative error at which the iteration ends, except for rounding.
 
     Returns:
         A :class:`optax.GradientTransformation` without state.
@@ -83,7 +83,7 @@ def _clip(
 ) -> jax.Array:
     axes = spec.batch + spec.reduction + spec.output
     shape = tuple(u.shape[axis] for axis in axes)
-    # On explicit axes, whole on every device: a root is not taken of a part of a matrix.
+    # On explicit axes, replicated: the root needs the whole matrix.
     a = jnp.transpose(sharding.replicate(u), axes).astype(compute_dtype(u))
     a = a.reshape(*spec.batch_shape, *spec.matrix_shape)
     c = jnp.asarray(max_norm).astype(a.dtype)
@@ -98,11 +98,11 @@ def _clip(
 
 
 def _polar_factor_beside_identity(a: jax.Array, tolerance: float) -> jax.Array:
-    """The part under `a` of the polar factor of (a, I): of every matrix (I + a a^H)^(-1/2) a.
+    """The part under `a` of the polar factor of (a, I): (I + a a^H)^(-1/2) a for every matrix.
 
-    (I + a a^H)^(-1/2) itself would square the condition. Singular values of (a, I) are at least 1
-    and at most an upper bound at hand. So it is known between which `least` and 1 those of `x` are,
-    and of the odd cubics the one can be taken that lifts `least` the most.
+    (I + a a^H)^(-1/2) itself would square the condition number. Singular values of (a, I) are at
+    least 1 and at most a known upper bound. So those of `x` are between a known `least` and 1, and
+    each step can take the odd cubic that lifts `least` the most.
     """
     identity = jnp.broadcast_to(jnp.eye(a.shape[-2], dtype=a.dtype), (*a.shape[:-1], a.shape[-2]))
     # The result does not depend on the upper bound.
@@ -112,7 +112,7 @@ def _polar_factor_beside_identity(a: jax.Array, tolerance: float) -> jax.Array:
 
     def is_inexact(carry: Any) -> jax.Array:
         _, _, before, least = carry
-        return jnp.any((1 - least > tolerance) & (least > before))  # until rounding is all
+        return jnp.any((1 - least > tolerance) & (least > before))  # until only rounding is left
 
     def step(carry: Any) -> Any:
         x, root, _, least = carry

@@ -13,12 +13,12 @@ class CollapseMode(enum.IntEnum):
 
     Only the last two are collapses of the entropy. A benign one, near the identity, makes
     attention a linear layer, and training goes on. A malignant one, in which all queries
-    take the same few keys, goes with a crash.
+    attend to the same few keys, comes with a crash.
     """
 
     NORMAL = 0
     LOW_RANK = 1
-    """But not sparse, as the uniform map of a new model."""
+    """Low-rank, but not sparse, like the uniform map of a new model."""
     BENIGN = 2
     """Sparse, but not low-rank."""
     MALIGNANT = 3
@@ -32,8 +32,8 @@ def attention_entropy(weights: jax.Array) -> jax.Array:
         weights: Attention maps of shape (..., queries, keys), floating, whose rows sum to 1.
 
     Returns:
-        The mean over the queries, shape (...), in float32 at least: from 0, where each
-        query takes one key, to log(keys), where it takes all alike.
+        The mean over the queries, shape (...), in float32 at least: from 0, if each
+        query attends to one key, to log(keys), if it attends to all equally.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,7 +58,7 @@ def effective_rank(weights: jax.Array) -> jax.Array:
 
     Returns:
         Shape (...), in float32 at least: from 1, for a matrix of rank one, to min(m, n),
-        where all singular values are the same. NaN for a matrix of zeros.
+        if all singular values are the same. NaN for a matrix of zeros.
 
     Example:
         >>> import jax.numpy as jnp
@@ -81,7 +81,7 @@ def collapse_mode(
     sparse_entropy: jax.typing.ArrayLike = 0.25,
     low_rank: jax.typing.ArrayLike = 0.2,
 ) -> jax.Array:
-    """Tell a collapsed attention map, and whether the collapse is malignant.
+    """Tell whether an attention map has collapsed, and whether the collapse is malignant.
 
     Args:
         weights: Attention maps of shape (..., queries, keys), floating, whose rows sum to 1.

@@ -25,7 +25,7 @@ def relative_representation_change(
     To first order in the step, by one :func:`jax.jvp`.
 
     Args:
-        fn: Takes ``params`` and ``batch``, and gives an array or a tree of arrays.
+        fn: Takes ``params`` and ``batch``, and returns an array or a tree of arrays.
         params: Where the step starts.
         updates: The step, as ``optax.apply_updates`` adds it; a tree like ``params``.
         batch: Whatever ``fn`` takes.

@@ -23,10 +23,10 @@ def sharpness(
 ) -> jax.Array:
     r"""Compute the largest eigenvalue of the Hessian of the loss.
 
-    Of :math:`P^{-1/2} H P^{-1/2}`, with a preconditioner :math:`P`, by the Lanczos iteration on
-    Hessian-vector products: the memory of a few copies of the params, and the time of
-    ``num_iters`` gradients and a half. Gradient descent with a constant rate :math:`\eta` is stable
-    on a quadratic loss as long as the eigenvalue is below
+    With a preconditioner :math:`P`, of :math:`P^{-1/2} H P^{-1/2}`. Runs the Lanczos iteration on
+    ``num_iters`` Hessian-vector products: it takes the memory of a few copies of the params.
+    Gradient descent with a constant rate :math:`\eta` is stable on a quadratic loss as long as
+    the eigenvalue is below
 
     ============================  =====================================================
     optimizer                     largest stable eigenvalue
@@ -39,15 +39,15 @@ def sharpness(
     with Adam's preconditioner :func:`adam_preconditioner`.
 
     Args:
-        loss_fn: Takes ``params`` and ``batch``, and gives a scalar.
+        loss_fn: Takes ``params`` and ``batch``, and returns a scalar.
         params: A tree of floating arrays.
         batch: Whatever ``loss_fn`` takes.
         preconditioner: The diagonal of :math:`P`, positive, a tree like ``params``.
         num_iters: Iterations of Lanczos. With as many as there are params the eigenvalue is exact
-            but for rounding; that at the end of a spectrum needs far fewer.
+            except for rounding; one at the end of the spectrum needs far fewer.
 
     Returns:
-        A scalar, in float32 at least. It is never above the exact value, but for rounding.
+        A scalar, in float32 at least. Except for rounding, it is never above the exact value.
 
     Raises:
         ValueError: If ``num_iters`` is below 1, or if params are complex.
@@ -74,13 +74,13 @@ def sharpness(
     root = jax.tree.map(lambda p, dtype: jnp.sqrt(jnp.asarray(p, dtype)), preconditioner, dtypes)
 
     def product(v: Any) -> Any:
-        """Of a vector in float32 at least, by a Hessian in the precision of the params."""
+        """A Hessian in the precision of the params times a vector in float32 at least."""
         v = jax.tree.map(lambda v, r, p: (v / r).astype(p.dtype), v, root, params)
         _, hv = jax.jvp(lambda p: gradient(p, batch), (params,), (v,))
         return jax.tree.map(lambda h, r: h.astype(r.dtype) / r, hv, root)
 
-    # The tridiagonal matrix alone is wanted. Vectors that lose their orthogonality bring an
-    # eigenvalue that has converged in once more, and so do no harm.
+    # Only the tridiagonal matrix is needed. Vectors that lose their orthogonality repeat an
+    # eigenvalue that has converged, which does no harm.
     def step(carry: Any, _: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         before, now, beta = carry
         hv = product(now)
@@ -119,12 +119,12 @@ def adam_preconditioner(
     moment of the state and :math:`t` updates so far, for :func:`sharpness`.
 
     Args:
-        opt_state: Of any optimizer that has one :class:`optax.ScaleByAdamState` in it, after at
-            least one update.
+        opt_state: The state of any optimizer, with one :class:`optax.ScaleByAdamState` in it,
+            after at least one update.
         b1: Exponential decay rate of the first moment.
         b2: Exponential decay rate of the second moment.
-        eps: Added outside of the root.
-        eps_root: Added inside of the root.
+        eps: Added outside the root.
+        eps_root: Added inside the root.
 
     Returns:
         A tree like the params.
@@ -158,25 +158,25 @@ def critical_learning_rate(
 ) -> tuple[jax.Array, jax.Array]:
     r"""Find the largest learning rate at which one step does not raise the loss.
 
-    From ``initial`` the rate is multiplied by ``factor`` while the loss after the step is not above
-    that before, up to ``target``. Then the interval is halved, until the loss at its upper end
-    is at most :math:`L_0 (1 + \delta)`. Loss over rate is taken to have one minimum.
+    Starting at ``initial``, the rate is multiplied by ``factor`` while the step does not raise the
+    loss :math:`L_0`, up to ``target``. Then the interval is halved until the loss at its upper end
+    is at most :math:`L_0 (1 + \delta)`. The loss is assumed to have one minimum over the rate.
 
     Args:
-        loss_fn: Takes ``params`` and ``batch``, and gives a scalar.
+        loss_fn: Takes ``params`` and ``batch``, and returns a scalar.
         params: Where the step starts.
         updates: The step at a rate of 1, as :func:`optax.apply_updates` adds it; a tree like
             ``params``. For Adam: the update of ``optax.scale_by_adam``, negated.
         batch: Whatever ``loss_fn`` takes.
         target: The largest rate that is tried.
         initial: The rate from which the search starts.
-        factor: Between two rates of the first search, above 1.
-        tolerance: :math:`\delta`. The paper has 0.1 for SGD and 0.01 for Adam.
+        factor: The ratio of two rates in the first search, above 1.
+        tolerance: :math:`\delta`. The paper uses 0.1 for SGD and 0.01 for Adam.
 
     Returns:
-        The rate, and the number of forward passes that it took. Both are arrays: the search
-        can be jitted. The rate is ``target`` where no instability was found. It may be
-        below ``initial``, where that is above the critical rate already.
+        The rate, and the number of forward passes it took. Both are arrays, so the search
+        can be jitted. The rate is ``target`` if no instability was found. It may be
+        below ``initial``, if that is already above the critical rate.
 
     Raises:
         ValueError: If ``initial`` or ``tolerance`` is negative, or ``factor`` below 1.
@@ -213,7 +213,7 @@ def critical_learning_rate(
 
     first = jnp.minimum(initial, target)
     lower, upper, loss, passes = lax.while_loop(
-        # A factor of 1 does not lead on.
+        # With a factor of 1, the search would not end.
         lambda carry: (carry[2] <= before) & (carry[0] < carry[1]) & (carry[1] < target),
         grow,
         (jnp.zeros_like(first), first, loss_at(first), jnp.asarray(2)),
@@ -233,7 +233,7 @@ def critical_learning_rate(
 
     def is_wide(carry: Any) -> jax.Array:
         lower, upper, loss, _ = carry
-        # Where the loss jumps the two ends meet.
+        # Where the loss jumps, the two ends meet.
         return ~(loss <= before * (1 + tolerance)) & (upper - lower > 1e-6 * upper)
 
     _, upper, _, passes = lax.while_loop(is_wide, halve, (lower, upper, loss, passes))

@@ -1,4 +1,4 @@
-r"""Singular values of a product of two weights, without the product where it is large.
+r"""Singular values of a product of two weights, without forming a large product.
 
 With thin factors :math:`A = Q_a R_a` and :math:`B^H = Q_b R_b`, the singular values of
 :math:`A B = Q_a (R_a R_b^H) Q_b^H` are those of the small :math:`R_a R_b^H`.
@@ -51,11 +51,11 @@ def qk_spectral_norm(query: jax.Array, key: jax.Array) -> jax.Array:
     """Compute the largest singular value of W_q^T W_k, for every head.
 
     Args:
-        query: Kernel of shape (..., d, heads, head_dim), as Flax has it, floating.
+        query: Kernel of shape (..., d, heads, head_dim), as in Flax, floating.
         key: The same shape.
 
     Returns:
-        Shape (..., heads), in float32 at least: exact but for rounding.
+        Shape (..., heads), in float32 at least: exact except for rounding.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -80,18 +80,19 @@ def spectral_energy_concentration(
         \mathrm{SEC}(d_q, s) = \sum_{i=1}^{s} \sigma_i^2(W_q^\top W_k) \Big/
             \sum_{i=1}^{d_q} \sigma_i^2(W_q^\top W_k)
 
-    Near 1 with a small ``s``, it goes with attention that collapses. It is computed
-    from the thin factors, in O(d head_dim^2) operations, and never forms the d x d product.
+    A value near 1 with a small ``s`` comes with attention that collapses. If ``head_dim`` is
+    below d, it is computed from the thin factors, in O(d head_dim^2) operations, without forming
+    the d x d product.
 
     Args:
-        query: Kernel of shape (..., d, heads, head_dim), as Flax has it, floating.
+        query: Kernel of shape (..., d, heads, head_dim), as in Flax, floating.
         key: The same shape.
         s: Number of the largest singular values that count, at least 1; or an array of
             such numbers.
 
     Returns:
-        Shape (..., heads), and after that the shape of ``s``, in float32 at least: 0 to 1,
-        and NaN for a product that is zero.
+        Shape (..., heads) followed by the shape of ``s``, in float32 at least: 0 to 1,
+        or NaN if the product is zero.
 
     Raises:
         ValueError: If the shapes do not fit, or if ``s`` is below 1.
@@ -116,7 +117,7 @@ def spectral_energy_concentration(
 
 @jax.jit
 def _qk_singular_values(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of W_q^T W_k, shape (..., heads, min(d, head_dim)), descending, but for a scale (..., heads).
+    """Of W_q^T W_k, shape (..., heads, min(d, head_dim)), descending, up to a scale (..., heads).
 
     The scale keeps the product from overflow and underflow.
     """
@@ -133,7 +134,7 @@ def _qk_singular_values(query: jax.Array, key: jax.Array) -> tuple[jax.Array, ja
 
 
 def product_core(first: jax.Array, second: jax.Array) -> jax.Array:
-    """A matrix with the singular values of `first @ second`, as small as can be."""
+    """A matrix with the singular values of `first @ second`, as small as possible."""
     dtype = jnp.promote_types(compute_dtype(first), compute_dtype(second))
     first, second = (sharding.replicate(x.astype(dtype)) for x in (first, second))
     if first.shape[-1] < min(first.shape[-2], second.shape[-1]):

@@ -19,12 +19,12 @@ def update_sizes(
     r"""Measure the length of every update, and the angle by which it turns its weight.
 
     Args:
-        updates: Of any optimizer, as :func:`optax.apply_updates` adds them.
+        updates: The updates of any optimizer, as :func:`optax.apply_updates` adds them.
         params: The weights before the update.
         weight_dimension_numbers: How each leaf is read as matrices, see
             :func:`weyl_optax.scale_by_weyl_bound`.
-        per: ``"matrix"`` for one number for each matrix of a leaf, or ``"unit"`` for one for each
-            output unit. A vector has one in either case.
+        per: ``"matrix"`` for one number per matrix of a leaf, or ``"unit"`` for one per output
+            unit. A vector has one either way.
 
     Returns:
         For each leaf, arrays of its batch shape (and, per unit, of its output shape):
