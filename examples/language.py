@@ -34,7 +34,7 @@ class Config(program.Config):
     """Model, data and optimizer of a GPT. The defaults are those of the preset `nano`."""
 
     model: Literal[
-        "nano", "nano-wide", "gpt2-small", "gpt2-large",
+        "nano", "nano-wide", "nano-widest", "gpt2-small", "gpt2-large",
         "llama-nano", "llama-nano-qk-norm", "llama-small", "llama-small-qk-norm",
     ] = "nano"  # fmt: skip
     """Size of the GPT, from models/gpt.py, or of a Llama, from models/llama.py."""

@@ -42,6 +42,7 @@ _NANO = Config(vocab_size=256, context_length=128, num_layers=4, num_heads=4, wi
 CONFIGS = {
     "nano": _NANO,
     "nano-wide": dataclasses.replace(_NANO, num_heads=8, width=256),
+    "nano-widest": dataclasses.replace(_NANO, num_heads=16, width=512),
     "gpt2-small": Config(),
     "gpt2-large": Config(num_layers=36, num_heads=20, width=1280),
 }

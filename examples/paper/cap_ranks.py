@@ -14,7 +14,7 @@ from examples import program, results, tables
 from examples.paper import nano
 from examples.paper.run_table import Line, RunTable
 
-Name = Literal["gpt", "gpt-wide", "vit", "swin"]
+Name = Literal["gpt", "gpt-wide", "gpt-widest", "vit", "swin"]
 
 
 @dataclasses.dataclass(frozen=True)

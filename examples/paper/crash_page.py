@@ -23,7 +23,7 @@ from examples import plots, recorder
 from examples.optimizers import LABELS
 from weyl_optax.dynamics import CollapseMode
 
-RUNS = ("adamw", "qk_clip", "adamw2")  # the first crashes, and the last does not
+RUNS = ("adamw", "qk_clip", "adamw2", "adamw2_cap")  # the first crashes, the last two do not
 TERMS = {
     "W_q": r"$\|W_q\|_2$",
     "W_k": r"$\|W_k\|_2$",
@@ -310,6 +310,7 @@ def write(folder: Path, name: str, settings: Any, target_entropy: float) -> tupl
             name=name,
             learning_rate=f"{settings.learning_rate:g}",
             tau=f"{settings.tau:g}",
+            runs="".join(f"<th>{html.escape(LABELS[run])}</th>" for run in RUNS),
             signs=_rows(signs),
             head=maps["head"],
             animation=json.dumps(maps),
@@ -337,5 +338,5 @@ def _text(signs: list[Sign]) -> str:
     for sign in signs:
         lines.append(re.sub("<[^>]*>", "", sign.name))
         for run, value, seen in zip(RUNS, sign.values, sign.seen, strict=True):
-            lines.append(f"  {LABELS[run]:26} {'seen' if seen else 'not seen':9} {value}")
+            lines.append(f"  {LABELS[run]:30} {'seen' if seen else 'not seen':9} {value}")
     return "\n".join(lines)

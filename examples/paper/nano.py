@@ -10,12 +10,13 @@ from examples import language, program, train_gpt, train_vit, training, vision
 from examples.image_data import Images, load_images
 from examples.text_data import Corpus, load_corpus
 
-TextName: TypeAlias = Literal["gpt", "gpt-wide", "llama", "llama-qk-norm"]
+TextName: TypeAlias = Literal["gpt", "gpt-wide", "gpt-widest", "llama", "llama-qk-norm"]
 Name: TypeAlias = TextName | Literal["vit", "swin"]
 
 TEXT: dict[TextName, dict[str, Any]] = {  # 20 tokens a parameter are 800 steps of a Llama
     "gpt": {"model": "nano"},
     "gpt-wide": {"model": "nano-wide"},
+    "gpt-widest": {"model": "nano-widest"},
     "llama": {"model": "llama-nano", "batch": 16, "cap_rank": 12},
     "llama-qk-norm": {"model": "llama-nano-qk-norm", "batch": 16, "cap_rank": 12},
 }
@@ -31,7 +32,7 @@ class Nano(NamedTuple):
 
 
 def load_text(name: TextName) -> tuple[language.Config, Corpus]:
-    """A GPT, one of twice its width, or a Llama, on Python's standard library."""
+    """A GPT, one of twice or four times its width, or a Llama, on Python's standard library."""
     return dataclasses.replace(language.PRESETS["nano"], **TEXT[name]), load_corpus(None)
 
 
