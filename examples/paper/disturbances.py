@@ -130,12 +130,12 @@ class Disturbed:
         return self._train(name, settings, batches, seed)
 
     def restart(self, name: str, settings: Settings, seed: int) -> Line:
-        """The optimizer begins anew in the middle, with its warmup if it has one."""
+        """The optimizer begins anew in the middle, with a shorter warmup if it has one."""
         run, batches = self._trainer.run(name, settings), self._batches(seed)
         state, *_ = run.train(run.start(self._trainer.params(seed)), batches[: self._half])
         rates = jnp.roll(run.rates, -self._half)
         if "warmup" in settings:
-            rates *= jnp.minimum(1.0, jnp.arange(len(rates)) / settings["warmup"])
+            rates *= jnp.minimum(1.0, jnp.arange(len(rates)) / halved(settings)["warmup"])
         state, *_ = run.train(run.start(state[0]), batches[self._half :], rates)
         return {"test_loss": self._trainer.evaluate(state, self._test)}
 
@@ -143,7 +143,7 @@ class Disturbed:
         """After the run, half of one on NumPy's C headers at the full rate, with a fresh state."""
         run = self._trainer.run(name, settings)
         state, *_ = run.train(run.start(self._trainer.params(seed)), self._batches(seed))
-        run = self._later.run(name, settings)
+        run = self._later.run(name, halved(settings))
         params = optimizers.evaluation_params(*state)
         state, *_ = run.train(run.start(params), self._later.batches(self._other.train, seed))
         return {"test_loss": self._later.evaluate(state, self._other_test)}
@@ -158,6 +158,11 @@ class Disturbed:
             "test_loss": self._trainer.evaluate(state, self._test),
             "highest": finite(np.max(losses[self._half :])),
         }
+
+
+def halved(settings: Settings) -> Settings:
+    """The settings for a run of half the length: of a warmup, the same share of it."""
+    return {key: value // 2 if key == "warmup" else value for key, value in settings.items()}
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def disturbed():
 
 
 def test_a_restart_has_a_fresh_state_and_the_rates_go_on(disturbed):
-    for settings in ({"learning_rate": 1.0}, {"learning_rate": 1.0, "warmup": 4}):
+    for settings in ({"learning_rate": 1.0}, {"learning_rate": 1.0, "warmup": 8}):
         line = disturbed.restart("adamw", settings, 3)
         (_, first, before, rates), (_, second, after, later) = disturbed.calls[-2:]
         assert (first, rates) == (("params 3", "fresh"), None)
@@ -72,8 +72,9 @@ def test_ten_times_the_rate_is_that(disturbed):
 
 
 def test_another_text_begins_with_what_was_trained(disturbed):
-    line = disturbed.another_text("adamw", {"learning_rate": 1.0}, 3)
-    (_, _, whole, _), (_, state, half, rates) = disturbed.calls
+    line = disturbed.another_text("adamw", {"learning_rate": 1.0, "warmup": 30}, 3)
+    (_, _, whole, _), (of, state, half, rates) = disturbed.calls
+    assert of == ("adamw", {"learning_rate": 1.0, "warmup": 15})
     assert (len(whole), len(half), rates) == (40, 20, None)
     assert state == (("trained", "params 3"), "fresh")
     assert line["test_loss"][1] == "other"
