@@ -157,10 +157,17 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, 
 
 
 def collectives(program: str) -> list[Collective]:
-    """Those of a compiled program."""
+    """Those of a compiled program.
+
+    What a TPU overlaps with other work is in the program in several pieces, of one channel.
+    """
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    found = []
-    for outputs, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", program):
+    found, channels = [], set()
+    for outputs, name, line in re.findall(rf"= (.*?) ({names})(?:-start)?\((.*)", program):
+        channel = re.search(r"channel_id=\d+", line)
+        if channel and channel[0] in channels:
+            continue
+        channels |= {channel[0]} if channel else set()
         dtypes, shapes = zip(*re.findall(r"(\w+)\[([\d,]*)\]", outputs), strict=True)
         sizes = tuple(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
         num_bytes = sum(_BYTES[dtype] * size for dtype, size in zip(dtypes, sizes, strict=True))

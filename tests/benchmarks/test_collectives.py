@@ -42,6 +42,7 @@ def test_collectives_of_a_program():
   %all-reduce = (f32[9,9]{1,0}, bf16[12]{0}, /*index=5*/f32[]) all-reduce(%a, %b), to_apply=%add
   %p = (f32[8], f32[8]) collective-permute-start(%y), channel_id=2
   %f = f32[8] fusion(%all-reduce), calls=%c
+  %all-gather.2 = f32[12,8,768]{1,0,2} all-gather(%z), channel_id=8, dimensions={2}
 """
     assert sharding.collectives(program) == [
         sharding.Collective("all-gather", (12 * 8 * 768,), 12 * 8 * 768 * 4),
