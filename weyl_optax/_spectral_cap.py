@@ -42,7 +42,7 @@ def spectral_cap(
         rank: How many singular values to lower, :math:`k`; at most :math:`n / 2` for a matrix
             with a shorter side of :math:`n`. A quarter of :math:`n` is a good choice for a
             short run, half of it for a long one. The capped update is small in every direction:
-            behind Adam, use a rate of 0.03 or so.
+            behind Adam, use a rate of 0.01 to 0.03.
         weight_dimension_numbers: How each leaf is read as matrices, as for
             :func:`weyl_optax.scale_by_weyl_bound`; ``None`` leaves a leaf unchanged, which is
             right for embeddings and heads. Vectors, and matrices with a side of at most 16, are
