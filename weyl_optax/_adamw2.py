@@ -73,7 +73,7 @@ def adamw2(
         cap_rank: How many leading singular values of Adam's update to lower to the smallest of
             them, before the bound; see :func:`spectral_cap`. By default none.
         cap_mask: The leaves whose updates are capped, see :func:`optax.masked`; by default all.
-            It is better to leave out embeddings and heads.
+            The figures in the documentation are without embeddings and heads.
 
     Returns:
         The corresponding :class:`optax.GradientTransformationExtraArgs`.

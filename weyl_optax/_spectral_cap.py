@@ -44,9 +44,8 @@ def spectral_cap(
             short run, half of it for a long one. The capped update is small in every direction:
             behind Adam, use a rate of 0.01 to 0.03.
         weight_dimension_numbers: How each leaf is read as matrices, as for
-            :func:`weyl_optax.scale_by_weyl_bound`; ``None`` leaves a leaf unchanged, which is
-            right for embeddings and heads. Vectors, and matrices with a side of at most 16, are
-            never changed.
+            :func:`weyl_optax.scale_by_weyl_bound`; ``None`` leaves a leaf unchanged.
+            Vectors, and matrices with a side of at most 16, are never changed.
 
     Returns:
         A :class:`optax.GradientTransformation`. No singular value is lowered by more than a
