@@ -162,17 +162,15 @@ def collectives(program: str) -> list[Collective]:
     What a TPU overlaps with other work is in the program in several pieces, of one channel.
     """
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    found, channels = [], set()
+    found: dict[Any, Collective] = {}
     for outputs, name, line in re.findall(rf"= (.*?) ({names})(?:-start)?\((.*)", program):
-        channel = re.search(r"channel_id=\d+", line)
-        if channel and channel[0] in channels:
-            continue
-        channels |= {channel[0]} if channel else set()
         dtypes, shapes = zip(*re.findall(r"(\w+)\[([\d,]*)\]", outputs), strict=True)
         sizes = tuple(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
         num_bytes = sum(_BYTES[dtype] * size for dtype, size in zip(dtypes, sizes, strict=True))
-        found.append(Collective(name, sizes, num_bytes))
-    return found
+        channel = re.search(r"channel_id=\d+", line)
+        key = channel[0] if channel else len(found)
+        found.setdefault(key, Collective(name, sizes, num_bytes))
+    return list(found.values())
 
 
 def largest(moved: Sequence[Collective]) -> int:

@@ -397,8 +397,8 @@ def _exact(spec: MatrixSpec, size: jax.Array, spectrum: tuple[jax.Array, jax.Arr
     """As `_search`, for matrices with a short side, from the Gram matrix of this side."""
     squares, p = spectrum
     labels = Labels.of(spec)
-    side = [labels.leaf.index(labels.block[i]) for i in labels.vector_axes(labels.block)]
-    leading = jnp.conj(p[..., 0]).reshape(*spec.batch_shape, *spec.sizes(side))
+    shape = spec.sizes([labels.leaf.index(label) for label in labels.block if label != "y"])
+    leading = jnp.conj(p[..., 0]).reshape(shape)
     return size * jnp.sqrt(squares[..., 0]), leading, None, None
 
 
