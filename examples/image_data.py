@@ -45,6 +45,14 @@ class Digits(grain.sources.RandomAccessDataSource):
     def __getitem__(self, index: int) -> Example:
         return Example(index, Image.fromarray(self._images[index]), self._labels[index])
 
+    def halves(self) -> tuple["Digits", "Digits"]:
+        """The first half of them, and the second."""
+        half = len(self) // 2
+        return (
+            Digits(self._images[:half], self._labels[:half]),
+            Digits(self._images[half:], self._labels[half:]),
+        )
+
 
 class Files(grain.sources.RandomAccessDataSource):
     """Image files, decoded when they are asked for.

@@ -22,6 +22,7 @@ from weyl_optax.contrib import (
 )
 
 Growth = Literal["linear", "exponential"]
+Decay = Literal["cosine", "wsd"]
 Alone = Literal[
     "adamw",
     "adamw_warmup",
@@ -69,7 +70,9 @@ class Settings:
     """What an optimizer is made of, whichever it is."""
 
     learning_rate: float = 1e-2
-    """Peak; it decays by a cosine to zero."""
+    """Peak."""
+    decay: Decay = "cosine"
+    """Of the rate to zero: by a cosine, or linearly in the last fifth (warmup, stable, decay)."""
     tau: float = 0.1
     """Largest growth of a spectral norm in an update, relative (AdamW²)."""
     growth: Growth = "linear"
@@ -158,12 +161,24 @@ def _is_schedule_free(x: Any) -> bool:
     return isinstance(x, optax.contrib.ScheduleFreeState)
 
 
-def _cosine(s: Settings, steps: int) -> optax.Schedule:
-    return optax.cosine_decay_schedule(s.learning_rate, steps)
+def _no_warmup(s: Settings, steps: int) -> optax.Schedule:
+    return _after_warmup(s, 0, steps)
 
 
-def _warmup_cosine(s: Settings, steps: int) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.warmup, steps)
+def _warmup(s: Settings, steps: int) -> optax.Schedule:
+    return _after_warmup(s, s.warmup, steps)
+
+
+def _after_warmup(s: Settings, warmup: int, steps: int) -> optax.Schedule:
+    peak, start = s.learning_rate, max(warmup, round(0.8 * steps))
+    if s.decay == "cosine":
+        decay = optax.cosine_decay_schedule(peak, steps - warmup)
+    else:
+        linear = optax.linear_schedule(peak, 0.0, steps - start)
+        decay = optax.join_schedules((optax.constant_schedule(peak), linear), (start - warmup,))
+    if not warmup:
+        return decay
+    return optax.join_schedules((optax.linear_schedule(0.0, peak, warmup), decay), (warmup,))
 
 
 def _warmup_constant(s: Settings, steps: int) -> optax.Schedule:
@@ -348,29 +363,27 @@ def _from(lowest: float, **others: tuple[float, float]) -> dict[str, tuple[float
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
-    "adamw": Optimizer("AdamW, no warmup", _adamw, _cosine, _from(3e-4, **_ADAM)),
-    "adamw_warmup": Optimizer(
-        "AdamW, warmup", _adamw, _warmup_cosine, _from(3e-4, **_ADAM, **_WARMUP)
-    ),
-    "adamw2": Optimizer("AdamW², no warmup", _adamw2, _cosine, _from(1e-3, **_ADAM, **_TAU)),
+    "adamw": Optimizer("AdamW, no warmup", _adamw, _no_warmup, _from(3e-4, **_ADAM)),
+    "adamw_warmup": Optimizer("AdamW, warmup", _adamw, _warmup, _from(3e-4, **_ADAM, **_WARMUP)),
+    "adamw2": Optimizer("AdamW², no warmup", _adamw2, _no_warmup, _from(1e-3, **_ADAM, **_TAU)),
     "adamw2_warmup": Optimizer(
         "AdamW², short warmup",
         _adamw2,
-        _warmup_cosine,
+        _warmup,
         _from(1e-3, **_ADAM, **_TAU, warmup=(0.01, 0.1)),
     ),
     "adamw2_cap": Optimizer(
-        "AdamW² with the cap, no warmup", _adamw2_cap, _cosine, _from(1e-3, **_ADAM, **_TAU)
+        "AdamW² with the cap, no warmup", _adamw2_cap, _no_warmup, _from(1e-3, **_ADAM, **_TAU)
     ),
-    "radam": Optimizer("RAdam, no warmup", _radam, _cosine, _from(3e-4, **_ADAM)),
+    "radam": Optimizer("RAdam, no warmup", _radam, _no_warmup, _from(3e-4, **_ADAM)),
     "lion": Optimizer(
-        "Lion, no warmup", _lion, _cosine, _from(3e-5, weight_decay=(0.1, 10.0), b2=(0.9, 0.999))
+        "Lion, no warmup", _lion, _no_warmup, _from(3e-5, weight_decay=(0.1, 10.0), b2=(0.9, 0.999))
     ),
-    "lamb": Optimizer("LAMB, no warmup", _lamb, _cosine, _from(1e-3, **_ADAM)),
+    "lamb": Optimizer("LAMB, no warmup", _lamb, _no_warmup, _from(1e-3, **_ADAM)),
     "unit_clip": Optimizer(
         "AdamW, units clipped, no warmup",
         _unit_clip,
-        _cosine,
+        _no_warmup,
         _from(1e-3, **_ADAM, tau=(0.003, 0.1)),
     ),
     "schedule_free": Optimizer(
@@ -379,44 +392,42 @@ OPTIMIZERS: dict[str, Optimizer] = {
         _warmup_constant,
         _from(3e-4, **_ADAM, **_WARMUP),
     ),
-    "gi_adamw": Optimizer("GI-AdamW, no warmup", _gi_adamw, _cosine, _from(3e-4, **_ADAM)),
+    "gi_adamw": Optimizer("GI-AdamW, no warmup", _gi_adamw, _no_warmup, _from(3e-4, **_ADAM)),
     "noise_share": Optimizer(
-        "AdamW, noise share, no warmup", _noise_share, _cosine, _from(3e-4, **_ADAM)
+        "AdamW, noise share, no warmup", _noise_share, _no_warmup, _from(3e-4, **_ADAM)
     ),
     "soft_clip": Optimizer(
         "AdamW, soft clip, no warmup",
         _soft_clip,
-        _cosine,
+        _no_warmup,
         _from(3e-4, **_ADAM, max_norm=(1.0, 30.0)),
     ),
     "qk_clip": Optimizer(
         "AdamW, QK-Clip, no warmup",
         _qk_clip,
-        _cosine,
+        _no_warmup,
         _from(3e-4, **_ADAM, max_logit=(10.0, 100.0)),
     ),
     "keep_norm": Optimizer(
-        "AdamW, norms kept, no warmup", _keep_norm, _cosine, _from(3e-4, **_ADAM)
+        "AdamW, norms kept, no warmup", _keep_norm, _no_warmup, _from(3e-4, **_ADAM)
     ),
-    "adam_h": Optimizer("AdamH, no warmup", _adam_h, _cosine, _from(3e-3, **_MUON)),
+    "adam_h": Optimizer("AdamH, no warmup", _adam_h, _no_warmup, _from(3e-3, **_MUON)),
     "lion_a": Optimizer(
-        "LionA, no warmup", _lion_a, _cosine, _from(1e-3, weight_decay=(0.1, 10.0))
+        "LionA, no warmup", _lion_a, _no_warmup, _from(1e-3, weight_decay=(0.1, 10.0))
     ),
     "lion_ar": Optimizer(
-        "LionAR, no warmup", _lion_ar, _cosine, _from(1e-2, weight_decay=(0.1, 10.0))
+        "LionAR, no warmup", _lion_ar, _no_warmup, _from(1e-2, weight_decay=(0.1, 10.0))
     ),
-    "muon": Optimizer("Muon, no warmup", _muon, _cosine, _from(3e-3, **_MUON)),
-    "muon_warmup": Optimizer(
-        "Muon, warmup", _muon, _warmup_cosine, _from(3e-3, **_MUON, **_WARMUP)
-    ),
-    "muon_h": Optimizer("MuonH, no warmup", _muon_h, _cosine, _from(3e-3, **_MUON)),
+    "muon": Optimizer("Muon, no warmup", _muon, _no_warmup, _from(3e-3, **_MUON)),
+    "muon_warmup": Optimizer("Muon, warmup", _muon, _warmup, _from(3e-3, **_MUON, **_WARMUP)),
+    "muon_h": Optimizer("MuonH, no warmup", _muon_h, _no_warmup, _from(3e-3, **_MUON)),
     "scion": Optimizer(
         "Scion, no warmup",
         _scion,
-        _cosine,
+        _no_warmup,
         _from(3e-3, **_DECAY, b1=(0.5, 0.95), sign_share=(0.1, 10.0)),
     ),
-    "normuon": Optimizer("NorMuon, no warmup", _normuon, _cosine, _from(3e-3, **_MUON)),
+    "normuon": Optimizer("NorMuon, no warmup", _normuon, _no_warmup, _from(3e-3, **_MUON)),
 }
 assert set(OPTIMIZERS) == set(get_args(Alone))
 

@@ -1,10 +1,12 @@
 """A ViT or a Swin on images: its flags, its data, and how it is trained."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,34 +178,39 @@ def make_task(config: Config, images: Images) -> training.Task:
     """A classifier on its mesh, its batches and its loss."""
     mesh = program.make_mesh(config)
     model = placement.place_model(make_model(config, images), mesh)
-
-    def loss(model: ViT | Swin, batch: dict[str, jax.Array]) -> jax.Array:
-        """Cross entropy in nats per image."""
-        logits = model(normalize(images, batch["image"]))
-        return optax.softmax_cross_entropy(logits, batch["target"]).mean()
-
     return training.Task(
         mesh=mesh,
         model=model,
         numbers=numbers_of(model),
-        batches=training_batches(
-            images,
-            model.config.image_size,
-            config.batch // config.accumulate,
-            Augmentation(
-                config.rand_augment,
-                config.random_erasing,
-                config.mixup,
-                config.cutmix,
-                config.label_smoothing,
-            ),
-            config.seed,
-            config.workers,
-            ShardByJaxProcess(),
-        ),
-        loss=placement.spread_rows(loss, mesh),
+        batches=training_set(config, images),
+        loss=placement.spread_rows(functools.partial(loss, images), mesh),
         run=program.describe(Config, config, images.fingerprint),
     )
+
+
+def training_set(config: Config, images: Images) -> grain.DatasetIterator:
+    """Endless batches, of which each process has its rows."""
+    return training_batches(
+        images,
+        SIZES[config.model].image_size,
+        config.batch // config.accumulate,
+        Augmentation(
+            config.rand_augment,
+            config.random_erasing,
+            config.mixup,
+            config.cutmix,
+            config.label_smoothing,
+        ),
+        config.seed,
+        config.workers,
+        ShardByJaxProcess(),
+    )
+
+
+def loss(images: Images, model: ViT | Swin, batch: dict[str, jax.Array]) -> jax.Array:
+    """Cross entropy in nats per image."""
+    logits = model(normalize(images, batch["image"]))
+    return optax.softmax_cross_entropy(logits, batch["target"]).mean()
 
 
 def numbers_of(model: ViT | Swin) -> Any:

@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 import tyro
 
-from examples import language, optimizers, plots, program
-from examples.paper import comparison_tables, nano
+from examples import optimizers, plots, program
+from examples.paper import comparison_tables, nano, problems
 from examples.paper.comparison_tables import Tuned
+from examples.paper.problems import Problem
 from examples.paper.run_table import Line, RunTable
 from examples.paper.search import Search, Settings, search
 from examples.paper.trainer import Trainer, finite
-from examples.text_data import Corpus, load_corpus, split_test
 
 TUNING_SEED = 0  # the reported ones follow
 RATES = (0.1, 0.3, 3.0, 10.0)  # relative to the best
 POINTS = 20  # of the training loss in the table
-
-Text = tuple[language.Config, Corpus]  # what is trained on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Flags:
     run, one waits for the other.
     """
 
-    model: nano.TextName = "llama"
+    model: nano.Name = "llama"
     """What to train."""
     steps: int = 800
     """Updates of a run."""
@@ -46,6 +44,8 @@ class Flags:
         "adamw2_warmup", "radam", "schedule_free", "muon_warmup", "scion", "normuon",
     )  # fmt: skip
     """The optimizers."""
+    decay: optimizers.Decay = "cosine"
+    """Of the rate."""
     trials: int = 8
     """Trials of every optimizer in a round."""
     rounds: int = 1
@@ -64,8 +64,8 @@ class Flags:
     """Only show what the table has."""
 
 
-def prepare(flags: Flags) -> Text:
-    """What to train, and on what.
+def prepare(flags: Flags) -> Problem:
+    """What to train.
 
     Raises:
         ValueError: If a flag is out of range.
@@ -77,19 +77,17 @@ def prepare(flags: Flags) -> Text:
     if "qk_clip" in flags.runs:
         raise ValueError("--runs qk_clip: it needs the logits of attention. Leave it out.")
     program.check_folder(flags.out)
-    config, corpus = nano.load_text(flags.model)
-    if flags.data is not None:
-        corpus = load_corpus(flags.data)
-        language.check_length(config, corpus)
     if flags.table.is_dir():
         raise ValueError(f"--table {flags.table} is a folder. Name a file.")
-    batch = config.batch if flags.batch is None else flags.batch
-    return dataclasses.replace(config, steps=flags.steps, batch=batch), corpus
+    changes = {"steps": flags.steps, "decay": flags.decay}
+    if flags.batch is not None:
+        changes["batch"] = flags.batch
+    return problems.load(flags.model, flags.data, **changes)
 
 
-def main(flags: Flags, text: Text) -> None:
+def main(flags: Flags, problem: Problem) -> None:
     """Trains what the table has not, and shows it: tables and pictures."""
-    runs = Runs(flags, *text)
+    runs = Runs(flags, problem)
     found = tune(runs, flags)
     for seed, name in itertools.product(fresh_seeds(flags), flags.runs):
         runs.get(name, "fresh", seed, found[name].best)
@@ -148,18 +146,16 @@ def gather(runs: "Runs", name: str, found: Search, flags: Flags) -> Tuned:
 
 
 class Runs:
-    """The runs of one model, length and text: those in the table, and those to come."""
+    """The runs of one problem: those in the table, and those to come."""
 
-    def __init__(self, flags: Flags, config: language.Config, corpus: Corpus):
-        corpus, self._test = split_test(corpus)
-        self._flags, self._corpus = flags, corpus
-        self._trainer = Trainer(config, corpus)
-        text = "python" if flags.data is None else flags.data.name
+    def __init__(self, flags: Flags, problem: Problem):
+        self._is_report, self._trainer = flags.report, Trainer(problem)
         common = {
             "model": flags.model,
-            "data": f"{text} {corpus.fingerprint}",
-            "batch": config.batch,
-            "steps": config.steps,
+            "data": problem.data,
+            "batch": problem.config.batch,
+            "steps": problem.config.steps,
+            "decay": problem.config.decay,
         }
         self._table = RunTable(flags.table, flags.out / ".locks", common)
 
@@ -175,18 +171,18 @@ class Runs:
     def get(self, name: str, use: str, seed: int, settings: Settings) -> Line | None:
         """A run: found, or else trained, but for a report."""
         run = {"optimizer": name, "use": use, "seed": seed, "settings": settings}
-        if self._flags.report:
+        if self._is_report:
             return self._table.find(run)
         return self._table.get(run, lambda: self._result(**run))
 
     def _result(self, optimizer: str, seed: int, settings: Settings, **_: Any) -> Line:
         """What a run adds to its line, with None for what is not finite."""
         run = self._trainer.run(optimizer, settings)
-        batches = self._trainer.batches(self._corpus.train, seed)
-        state, losses, seconds = run.train(run.start(self._trainer.params(seed)), batches)
+        start, batches = run.start(self._trainer.params(seed)), self._trainer.batches(seed)
+        state, losses, seconds = run.train(start, batches)
         return {
-            "val_loss": self._trainer.evaluate(state, self._corpus.validation),
-            "test_loss": self._trainer.evaluate(state, self._test),
+            "val_loss": self._trainer.evaluate(state, self._trainer.problem.validation),
+            "test_loss": self._trainer.evaluate(state, self._trainer.problem.test),
             "train_losses": [finite(np.mean(part)) for part in np.array_split(losses, POINTS)],
             "cpu_seconds": round(seconds, 2),
         }

@@ -11,12 +11,12 @@ import numpy as np
 import tyro
 
 from examples import optimizers, program, tables
-from examples.paper import compare, nano
+from examples.paper import compare, problems
 from examples.paper.comparison_tables import interval
 from examples.paper.run_table import Line, RunTable
 from examples.paper.search import Settings
 from examples.paper.trainer import Trainer, finite
-from examples.text_data import load_corpus, split_test
+from examples.text_data import load_corpus
 
 GARBAGE = 10  # batches
 
@@ -60,7 +60,7 @@ def prepare(flags: Flags) -> dict[str, Settings]:
         out=flags.out,
         report=True,
     )
-    runs = compare.Runs(of, *compare.prepare(of))
+    runs = compare.Runs(of, compare.prepare(of))
     found = {name: search.best for name, search in compare.tune(runs, of).items()}
     if missing := [name for name in found if math.isinf(runs.losses(name)(found[name]))]:
         raise ValueError(f"{flags.comparison} has no trial of {', '.join(missing)}.")
@@ -95,27 +95,26 @@ class Disturbed:
     """Runs of the small Llama, and the test loss at their end."""
 
     def __init__(self, steps: int):
-        config, corpus = nano.load_text("llama")
-        self._half = steps // 2
-        self._corpus, self._test = split_test(corpus)
-        self._config = dataclasses.replace(config, steps=steps)
-        self._trainer = Trainer(self._config, self._corpus)
-        self._other, self._other_test = split_test(load_corpus(Path(np.get_include())))
-        self._later = Trainer(dataclasses.replace(config, steps=self._half), self._other)
+        problem, self._half = problems.load("llama", steps=steps), steps // 2
+        other = dataclasses.replace(problem.config, steps=self._half)
+        headers = load_corpus(Path(np.get_include()))
+        self._trainer = Trainer(problem)
+        self._later = Trainer(problems.of_text(other, headers, "numpy"))
 
     def described(self) -> Line:
         """What all runs have in common."""
+        problem = self._trainer.problem
         return {
             "model": "llama",
-            "data": f"python {self._corpus.fingerprint}",
-            "other": f"numpy {self._other.fingerprint}",
-            "batch": self._config.batch,
-            "steps": self._config.steps,
+            "data": problem.data,
+            "other": self._later.problem.data,
+            "batch": problem.config.batch,
+            "steps": problem.config.steps,
         }
 
     def undisturbed(self, name: str, settings: Settings, seed: int) -> Line:
         """A plain run."""
-        return self._train(name, settings, self._batches(seed), seed)
+        return self._train(name, settings, self._trainer.batches(seed), seed)
 
     def ten_times_the_rate(self, name: str, settings: Settings, seed: int) -> Line:
         """A plain run at too large a rate."""
@@ -123,7 +122,7 @@ class Disturbed:
 
     def garbage(self, name: str, settings: Settings, seed: int) -> Line:
         """Random tokens in some batches in the middle."""
-        batches = self._batches(seed)
+        batches = self._trainer.batches(seed)
         rng = np.random.default_rng(seed)
         for i in range(self._half, self._half + GARBAGE):
             batches[i] = rng.integers(0, 256, batches[i].shape, np.int32)
@@ -131,31 +130,28 @@ class Disturbed:
 
     def restart(self, name: str, settings: Settings, seed: int) -> Line:
         """The optimizer begins anew in the middle, with a shorter warmup if it has one."""
-        run, batches = self._trainer.run(name, settings), self._batches(seed)
+        run, batches = self._trainer.run(name, settings), self._trainer.batches(seed)
         state, *_ = run.train(run.start(self._trainer.params(seed)), batches[: self._half])
         rates = jnp.roll(run.rates, -self._half)
         if "warmup" in settings:
             rates *= jnp.minimum(1.0, jnp.arange(len(rates)) / halved(settings)["warmup"])
         state, *_ = run.train(run.start(state[0]), batches[self._half :], rates)
-        return {"test_loss": self._trainer.evaluate(state, self._test)}
+        return {"test_loss": self._trainer.evaluate(state, self._trainer.problem.test)}
 
     def another_text(self, name: str, settings: Settings, seed: int) -> Line:
         """After the run, half of one on NumPy's C headers at the full rate, with a fresh state."""
         run = self._trainer.run(name, settings)
-        state, *_ = run.train(run.start(self._trainer.params(seed)), self._batches(seed))
+        state, *_ = run.train(run.start(self._trainer.params(seed)), self._trainer.batches(seed))
         run = self._later.run(name, halved(settings))
         params = optimizers.evaluation_params(*state)
-        state, *_ = run.train(run.start(params), self._later.batches(self._other.train, seed))
-        return {"test_loss": self._later.evaluate(state, self._other_test)}
-
-    def _batches(self, seed: int) -> list[np.ndarray]:
-        return self._trainer.batches(self._corpus.train, seed)
+        state, *_ = run.train(run.start(params), self._later.batches(seed))
+        return {"test_loss": self._later.evaluate(state, self._later.problem.test)}
 
     def _train(self, name: str, settings: Settings, batches: list[np.ndarray], seed: int) -> Line:
         run = self._trainer.run(name, settings)
         state, losses, _ = run.train(run.start(self._trainer.params(seed)), batches)
         return {
-            "test_loss": self._trainer.evaluate(state, self._test),
+            "test_loss": self._trainer.evaluate(state, self._trainer.problem.test),
             "highest": finite(np.max(losses[self._half :])),
         }
 

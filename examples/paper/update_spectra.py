@@ -12,9 +12,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from examples import optimizers, plots, program, tables
-from examples.paper import nano
+from examples.paper import problems
+from examples.paper.problems import Problem
 from examples.paper.trainer import Trainer
-from examples.text_data import Corpus
 from weyl_optax import spectral_cap
 
 
@@ -36,24 +36,23 @@ class Flags:
     """The folder for the picture."""
 
 
-def prepare(flags: Flags) -> tuple[Trainer, Corpus]:
-    """The model and its text.
+def prepare(flags: Flags) -> Problem:
+    """What to train.
 
     Raises:
         ValueError: If a flag is out of range.
     """
     program.check_folder(flags.out)
-    config, corpus = nano.load_text("gpt")
     if flags.steps < 2:
         raise ValueError("--steps must be at least 2.")
     chosen = dataclasses.asdict(flags)
     del chosen["out"]
-    return Trainer(dataclasses.replace(config, **chosen), corpus), corpus
+    return problems.load("gpt", **chosen)
 
 
-def main(flags: Flags, data: tuple[Trainer, Corpus]) -> None:
+def main(flags: Flags, problem: Problem) -> None:
     """Trains, and shows the table and the picture."""
-    before, after = updates(*data)
+    before, after = updates(problem)
     flags.out.mkdir(parents=True, exist_ok=True)
     rows = [("", "largest, over before", "largest over median, before", "capped")]
     values = {}
@@ -67,11 +66,11 @@ def main(flags: Flags, data: tuple[Trainer, Corpus]) -> None:
     print(f"\nPicture: {plots.save(draw(values), flags.out / 'update_spectra.png')}")
 
 
-def updates(trainer: Trainer, corpus: Corpus) -> tuple[Any, Any]:
+def updates(problem: Problem) -> tuple[Any, Any]:
     """Adam's update of the hidden kernels in the middle of a run, and what the cap makes of it."""
-    config = trainer.config
+    trainer, config = Trainer(problem), problem.config
     settings = {key: getattr(config, key) for key in ("learning_rate", "tau")}
-    run, batches = trainer.run("adamw2_cap", settings), trainer.batches(corpus.train, config.seed)
+    run, batches = trainer.run("adamw2_cap", settings), trainer.batches(config.seed)
     middle = config.steps // 2
     state, *_ = run.train(run.start(trainer.params(config.seed)), batches[:middle])
     cap_state = jax.tree.map(jnp.copy, optax.tree.get(state[1], "SpectralCapState"))
@@ -83,7 +82,7 @@ def updates(trainer: Trainer, corpus: Corpus) -> tuple[Any, Any]:
     update = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + 1e-8), mean, square)
     is_hidden = optimizers.is_hidden_kernel(update)
     hidden = jax.tree.map(lambda u, keep: u if keep else optax.MaskedNode(), update, is_hidden)
-    cap = spectral_cap(config.cap_rank, trainer.numbers)
+    cap = spectral_cap(config.cap_rank, problem.numbers)
     return hidden, cap.update(hidden, cap_state)[0]
 
 

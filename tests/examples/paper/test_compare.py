@@ -10,13 +10,12 @@ import pytest
 
 from examples import language, optimizers, plots
 from examples.paper import compare
-from examples.text_data import Corpus
+from examples.paper.problems import Problem
 
 
-def text_of(flags, text=b"some text" * 20):
-    tokens = np.frombuffer(text, np.uint8)
+def problem_of(flags, data="some text"):
     config = dataclasses.replace(language.PRESETS["nano"], steps=flags.steps)
-    return config, Corpus(tokens, tokens, 256, True, str(hash(text)))
+    return Problem(config, *[None] * (len(Problem._fields) - 2), data)
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def trained(monkeypatch):
         losses = {"val_loss": loss, "test_loss": loss, "train_losses": [loss] * 20}
         return losses | {"cpu_seconds": 1.0}
 
-    monkeypatch.setattr(compare, "Trainer", lambda config, corpus: None)
+    monkeypatch.setattr(compare, "Trainer", lambda problem: None)
     monkeypatch.setattr(compare.Runs, "_result", result)
     return runs
 
@@ -43,7 +42,7 @@ def flags_of(tmp_path, **changes):
 @pytest.mark.slow
 def test_what_the_table_has_is_not_trained_again(tmp_path, trained, capsys):
     flags = flags_of(tmp_path)
-    compare.main(flags, text_of(flags))
+    compare.main(flags, problem_of(flags))
     number = len(trained)
     # 2 rounds of 2 trials, 2 seeds and 4 rates.
     assert number == 2 * (2 * 2 + 2 + 4) == len(flags.table.read_text().splitlines())
@@ -57,24 +56,24 @@ def test_what_the_table_has_is_not_trained_again(tmp_path, trained, capsys):
         assert [settings for _, settings in of[4:6]] == [best, best]
         rates = [settings["learning_rate"] / best["learning_rate"] for _, settings in of[6:]]
         np.testing.assert_allclose(rates, [0.1, 0.3, 3, 10], rtol=0.01)
-    compare.main(flags, text_of(flags))
+    compare.main(flags, problem_of(flags))
     assert len(trained) == number
-    compare.main(flags, text_of(flags, b"another text" * 20))
+    compare.main(flags, problem_of(flags, "another text"))
     assert len(trained) == 2 * number
     longer = dataclasses.replace(flags, rates=False, steps=900)
-    compare.main(longer, text_of(longer))
+    compare.main(longer, problem_of(longer))
     assert len(trained) == 2 * number + 2 * (2 * 2 + 2)
 
 
 @pytest.mark.slow
 def test_a_report_shows_the_optimizers_that_have_a_fresh_seed(tmp_path, trained, capsys):
     flags = flags_of(tmp_path)
-    compare.main(flags, text_of(flags))
+    compare.main(flags, problem_of(flags))
     lines = flags.table.read_text().splitlines(keepends=True)
     for number, shown_of in ((0, 0), (8, 0), (9, 1), (10, 2), (len(lines), 2)):
         flags.table.write_text("".join(lines[:number]))
         capsys.readouterr()
-        compare.main(dataclasses.replace(flags, report=True), text_of(flags))
+        compare.main(dataclasses.replace(flags, report=True), problem_of(flags))
         shown = capsys.readouterr().out
         assert ("AdamW, no warmup" in shown) == (shown_of > 0)
         assert ("\n| Muon, no warmup" in shown) == (shown_of > 1)
@@ -85,7 +84,8 @@ def test_a_report_shows_the_optimizers_that_have_a_fresh_seed(tmp_path, trained,
 
 def test_the_table_of_the_repository_has_every_run_once_and_whole():
     lines = [json.loads(line) for line in compare.Flags.table.read_text().splitlines()]
-    keys = ["model", "data", "batch", "steps", "optimizer", "use", "seed", "settings"]
+    common = ["model", "data", "batch", "steps", "decay"]
+    keys = [*common, "optimizer", "use", "seed", "settings"]
     results = ["val_loss", "test_loss", "train_losses", "cpu_seconds"]
     assert {tuple(line) for line in lines} == {(*keys, *results)}
     runs = [json.dumps([line[key] for key in keys]) for line in lines]
@@ -97,7 +97,7 @@ def test_the_table_of_the_repository_has_every_run_once_and_whole():
 
 
 def loss_of(flags):
-    return compare.Runs(flags, *text_of(flags)).losses("adamw")
+    return compare.Runs(flags, problem_of(flags)).losses("adamw")
 
 
 def test_a_table_whose_last_line_is_cut_loses_that_line_alone(tmp_path, trained, capsys):
@@ -157,6 +157,7 @@ def test_flags_that_do_not_fit_are_errors(tmp_path):
         ({"table": tmp_path}, "is a folder. Name a file"),
         ({"steps": 5}, "at least 20"),
         ({"batch": 0}, "batch 0"),
+        ({"model": "vit", "data": tmp_path}, "vit trains on digits. Leave --data out"),
         ({"runs": ()}, "--runs has to name an optimizer"),
         ({"runs": ("qk_clip",)}, "--runs qk_clip"),
         ({"seeds": 1}, "--seeds at least 2"),
@@ -166,6 +167,6 @@ def test_flags_that_do_not_fit_are_errors(tmp_path):
         with pytest.raises(ValueError, match=message):
             compare.prepare(compare.Flags(**{"out": out, "table": tmp_path / "t"} | flags))
         assert not out.exists()
-    flags = compare.Flags(out=tmp_path, table=tmp_path / "t", batch=64, steps=200)
-    config, _ = compare.prepare(flags)
-    assert (config.batch, config.steps) == (64, 200)
+    flags = compare.Flags(out=tmp_path, table=tmp_path / "t", batch=64, steps=200, decay="wsd")
+    config = compare.prepare(flags).config
+    assert (config.batch, config.steps, config.decay) == (64, 200, "wsd")

@@ -29,16 +29,16 @@ class Run:
 def disturbed():
     calls = []
     made = disturbances.Disturbed.__new__(disturbances.Disturbed)
-    made.__dict__ |= dict.fromkeys(("_corpus", "_other"), SimpleNamespace(train=None))
-    made._half, made._test, made._other_test, made.calls = STEPS // 2, "test", "other", calls
+    made._half, made.calls = STEPS // 2, calls
     made._trainer, made._later = (
         SimpleNamespace(
             run=lambda name, settings: Run(calls, name, settings),
             params=lambda seed: f"params {seed}",
-            batches=lambda _, seed, n=number: [np.full((2, 9), 1000 + i) for i in range(n)],
-            evaluate=lambda state, tokens: (state, tokens),
+            batches=lambda seed, n=number: [np.full((2, 9), 1000 + i) for i in range(n)],
+            evaluate=lambda state, batches: (state, batches),
+            problem=SimpleNamespace(test=test),
         )
-        for number in (STEPS, STEPS // 2)
+        for number, test in ((STEPS, "test"), (STEPS // 2, "other"))
     )
     return made
 

@@ -23,15 +23,15 @@ def test_singular_values_are_of_each_layers_matrix():
 @pytest.mark.slow
 def test_the_cap_lowers_the_leading_ones_and_leaves_the_others(tmp_path, capsys):
     flags = update_spectra.Flags(steps=8, cap_rank=16, out=tmp_path)
-    data = update_spectra.prepare(flags)
-    before, after = update_spectra.updates(*data)
+    problem = update_spectra.prepare(flags)
+    before, after = update_spectra.updates(problem)
     assert {u.shape for u in jax.tree.leaves(before)} == {u.shape for u in jax.tree.leaves(after)}
     for kind in ("attention/query", "mlp/down"):
         old, new = (update_spectra.singular_values(tree, kind) for tree in (before, after))
         assert (new[:, 0] < 0.7 * old[:, 0]).all()
         assert (new[:, 0] > 0.8 * old[:, 15]).all()  # the level, which is an estimate from below
         np.testing.assert_allclose(new[:, 40:], old[:, 40:], rtol=0.2)
-    update_spectra.main(flags, data)
+    update_spectra.main(flags, problem)
     assert "mlp/down" in capsys.readouterr().out
     assert (tmp_path / "update_spectra.png").stat().st_size > 10_000
 
