@@ -16,8 +16,8 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks import adversarial, measure, peers
-from examples import training
-from examples.optimizers import is_decayed
+from examples import program, training
+from examples.optimizers import is_decayed, is_hidden_kernel
 from examples.paper import nano
 from weyl_optax import bound_metrics, scale_by_weyl_bound
 
@@ -45,6 +45,8 @@ class Flags:
 
     models: tuple[Literal["gpt", "vit"], ...] = ("gpt", "vit")
     """What to train."""
+    cap_rank: int | None = None
+    """Singular values that a cap lowers before the bound, in hidden kernels; by default none."""
     steps: int = 300
     """Updates, at least 21."""
     seed: int = 0
@@ -61,7 +63,7 @@ class Step(NamedTuple):
 
     rate: float
     weights: Arrays  # before it
-    updates: Arrays  # as the bound was given them
+    updates: Arrays  # as the bound was given them, or as its cap has left them
     sigma_weight: Arrays  # as the bound found them
     sigma_update: Arrays
 
@@ -80,7 +82,7 @@ def record() -> optax.GradientTransformation:
     )
 
 
-def run(model: nano.Nano, steps: int) -> Iterator[Step]:
+def run(model: nano.Nano, cap_rank: int | None, steps: int) -> Iterator[Step]:
     """Trains with AdamW², and hands every update over."""
     config = model.config
     task = model.make_task(config, model.data)
@@ -93,12 +95,14 @@ def run(model: nano.Nano, steps: int) -> Iterator[Step]:
         weight_decay_mask=is_decayed,
         min_std=MIN_STD,
         weight_dimension_numbers=task.numbers,
+        cap_rank=cap_rank,
+        cap_mask=is_hidden_kernel,
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(config.b1, config.b2),
-        record(),
         bound,
+        record(),
         optax.scale_by_learning_rate(rate),
     )
     _, state, update = training.start(task.model, task.loss, optimizer)
@@ -106,15 +110,25 @@ def run(model: nano.Nano, steps: int) -> Iterator[Step]:
         for step in tqdm(range(steps), mininterval=10):
             weights = matrices(state["params"], task.numbers)
             state, _ = update(state, training.next_batch(task, config.accumulate))
-            recorded = jax.device_get(state["opt_state"][2])
+            recorded = jax.device_get(state["opt_state"][3])
             found = jax.device_get(bound_metrics(state["opt_state"]))
+            bounded = matrices(recorded.updates, task.numbers)
             yield Step(
                 float(rate(step)),
                 weights,
-                matrices(recorded.updates, task.numbers),
+                {
+                    path: u / found[f"{path}/scale"].reshape(-1, 1, 1)
+                    - decay(path, weights, config)
+                    for path, u in bounded.items()
+                },
                 {path: found[f"{path}/sigma_weight"].ravel() for path in weights},
                 {path: found[f"{path}/sigma_update"].ravel() for path in weights},
             )
+
+
+def decay(path: str, weights: Arrays, config: program.Config) -> np.ndarray:
+    """What the decay adds to an update."""
+    return config.weight_decay * weights[path] * is_decayed({path: 0})[path]
 
 
 def matrices(tree: Any, numbers: Any) -> Arrays:
@@ -191,7 +205,7 @@ def estimators() -> dict[str, Estimator]:
     }
 
 
-def follow(model: nano.Nano, steps: int) -> dict[str, dict[str, np.ndarray]]:
+def follow(model: nano.Nano, cap_rank: int | None, steps: int) -> dict[str, dict[str, np.ndarray]]:
     """What every estimator found, at every matrix and step of a run.
 
     Returns:
@@ -202,17 +216,16 @@ def follow(model: nano.Nano, steps: int) -> dict[str, dict[str, np.ndarray]]:
     config = model.config
     compared = estimators()
     found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in compared}
-    for step in run(model, steps):
+    for step in run(model, cap_rank, steps):
         estimates = {name: estimate(step) for name, estimate in compared.items()}
         for path, w in step.weights.items():
             u = np.float64(step.updates[path])
             sigma_w, sigma_u = exact(w), exact(u)
             least = MIN_STD * sum(math.sqrt(side) for side in w.shape[-2:])
-            decay = config.weight_decay * w * is_decayed({path: 0})[path]
             for name, (of_weights, of_updates) in estimates.items():
                 allowed = TAU * np.maximum(of_weights[path], least)
                 rate = np.minimum(step.rate, allowed / of_updates[path])
-                after = exact(w - rate[:, None, None] * (u + decay))
+                after = exact(w - rate[:, None, None] * (u + decay(path, step.weights, config)))
                 below = 1 - of_weights[path] / sigma_w, 1 - of_updates[path] / sigma_u
                 growth = after / np.maximum(sigma_w, least)
                 found[name].setdefault(path, []).append(np.stack([*below, growth]))
@@ -263,23 +276,23 @@ def growth_rows(name: str, found: dict[str, dict[str, np.ndarray]]) -> list[dict
     return rows
 
 
-def adversarial_rows(steps: int, seed: int) -> list[dict[str, Any]]:
+def adversarial_rows(cap_rank: int | None, steps: int, seed: int) -> list[dict[str, Any]]:
     """How many times the norm of an update is what an estimator found, from the third step on."""
     rows = []
     for name, stream in (adversarial.CHANGES | adversarial.MOVES).items():
         grads = stream(np.random.default_rng(seed), steps)
         updates = [np.float32(u) for u in adversarial.adam(grads)]
-        bound = scale_by_weyl_bound()
+        bound = scale_by_weyl_bound(jnp.inf, cap_rank=cap_rank)
         params = {"w": jnp.ones(updates[0].shape)}
         state, update = bound.init(params), jax.jit(bound.update)
         compared = estimators()
         ratios: dict[str, list[float]] = {estimator: [] for estimator in compared}
         for u in updates:
-            _, state = update({"w": u}, state, params)
-            batch = {"w": u[None]}
+            capped, state = update({"w": u}, state, params)
+            batch = {"w": np.asarray(capped["w"])[None]}
             found = {"w": np.asarray(state.sigma_update["w"])[None]}
             step = Step(0.0, batch, batch, found, found)
-            (sigma,) = exact(u[None])
+            (sigma,) = exact(batch["w"])
             for estimator, estimate in compared.items():
                 _, estimates = estimate(step)
                 ratios[estimator].append(sigma / max(float(estimates["w"][0]), 1e-30))
@@ -305,12 +318,12 @@ def main(flags: Flags) -> None:
     for name in flags.models:
         model = nano.load(name)
         config = dataclasses.replace(model.config, steps=flags.steps, seed=flags.seed)
-        found = follow(model._replace(config=config), flags.steps)
+        found = follow(model._replace(config=config), flags.cap_rank, flags.steps)
         errors += error_rows(name, found)
         growths += growth_rows(name, found)
     measure.report(errors, flags.out)
     measure.report(growths, flags.out.with_stem("rule_1"))
-    rows = adversarial_rows(flags.steps, flags.seed)
+    rows = adversarial_rows(flags.cap_rank, flags.steps, flags.seed)
     measure.report(rows, flags.out.with_stem("adversarial"))
 
 

@@ -11,12 +11,10 @@ from weyl_optax._reading.granularity import by_head, by_unit
 from weyl_optax._reading.specification import SplitDimensionNumbers
 from weyl_optax._reading.tabulate import tabulate
 from weyl_optax._reading.traced import dimension_numbers_from
-from weyl_optax._spectral_cap import SpectralCapState, spectral_cap
 from weyl_optax._spectral_norm import spectral_norm
 from weyl_optax._state_shardings import state_shardings
 
 __all__ = [
-    "SpectralCapState",
     "SplitDimensionNumbers",
     "WeylBoundState",
     "adamw2",
@@ -25,7 +23,6 @@ __all__ = [
     "by_unit",
     "dimension_numbers_from",
     "scale_by_weyl_bound",
-    "spectral_cap",
     "spectral_norm",
     "state_shardings",
     "tabulate",

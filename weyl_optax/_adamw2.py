@@ -7,7 +7,6 @@ import optax
 
 from weyl_optax._bound import Growth, scale_by_weyl_bound
 from weyl_optax._reading.specification import WeightDimNumOrFn
-from weyl_optax._spectral_cap import spectral_cap
 
 
 def adamw2(
@@ -28,7 +27,7 @@ def adamw2(
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
     cap_rank: int | None = None,
-    cap_mask: Any | None = None,
+    cap_mask: Any = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW², which trains Transformers without learning rate warmup.
 
@@ -71,7 +70,7 @@ def adamw2(
         weight_dimension_numbers: How each leaf is read as matrices.
         num_iters: Iterations of the estimator at each update.
         cap_rank: How many leading singular values of Adam's update to lower to the smallest of
-            them, before the bound; see :func:`spectral_cap`. By default none.
+            them; by default none.
         cap_mask: The leaves whose updates are capped, see :func:`optax.masked`; by default all.
             The figures in the documentation are without embeddings and heads.
 
@@ -79,7 +78,7 @@ def adamw2(
         The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-        ValueError: As :func:`scale_by_weyl_bound` and :func:`spectral_cap`.
+        ValueError: As :func:`scale_by_weyl_bound`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -103,16 +102,10 @@ def adamw2(
         Qi et al, `Taming Transformer Without Using Learning Rate Warmup
         <https://arxiv.org/abs/2505.21910>`_, 2025
     """
-    scaling = [
+    return optax.chain(
         optax.scale_by_adam(
             b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype, nesterov=nesterov
-        )
-    ]
-    if cap_rank is not None:
-        cap = spectral_cap(cap_rank, weight_dimension_numbers)
-        scaling.append(cap if cap_mask is None else optax.masked(cap, cap_mask))
-    return optax.chain(
-        *scaling,
+        ),
         scale_by_weyl_bound(
             tau,
             learning_rate,
@@ -123,6 +116,8 @@ def adamw2(
             max_std=max_std,
             weight_dimension_numbers=weight_dimension_numbers,
             num_iters=num_iters,
+            cap_rank=cap_rank,
+            cap_mask=cap_mask,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )

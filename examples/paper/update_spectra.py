@@ -15,7 +15,7 @@ from examples import optimizers, plots, program, tables
 from examples.paper import problems
 from examples.paper.problems import Problem
 from examples.paper.trainer import Trainer
-from weyl_optax import spectral_cap
+from weyl_optax import scale_by_weyl_bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,23 +67,26 @@ def main(flags: Flags, problem: Problem) -> None:
 
 
 def updates(problem: Problem) -> tuple[Any, Any]:
-    """Adam's update of the hidden kernels in the middle of a run, and what the cap makes of it."""
+    """Adam's update in the middle of a run, and what the cap makes of it."""
     trainer, config = Trainer(problem), problem.config
     settings = {key: getattr(config, key) for key in ("learning_rate", "tau")}
     run, batches = trainer.run("adamw2_cap", settings), trainer.batches(config.seed)
     middle = config.steps // 2
     state, *_ = run.train(run.start(trainer.params(config.seed)), batches[:middle])
-    cap_state = jax.tree.map(jnp.copy, optax.tree.get(state[1], "SpectralCapState"))
+    bound_state = jax.tree.map(jnp.copy, optax.tree.get(state[1], "WeylBoundState"))
     state, *_ = run.train(state, batches[middle : middle + 1])
 
     adam = optax.tree.get(state[1], "ScaleByAdamState")
     mean = optax.tree.bias_correction(adam.mu, config.b1, adam.count)
     square = optax.tree.bias_correction(adam.nu, config.b2, adam.count)
     update = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + 1e-8), mean, square)
-    is_hidden = optimizers.is_hidden_kernel(update)
-    hidden = jax.tree.map(lambda u, keep: u if keep else optax.MaskedNode(), update, is_hidden)
-    cap = spectral_cap(config.cap_rank, problem.numbers)
-    return hidden, cap.update(hidden, cap_state)[0]
+    cap = scale_by_weyl_bound(
+        jnp.inf,
+        weight_dimension_numbers=problem.numbers,
+        cap_rank=config.cap_rank,
+        cap_mask=optimizers.is_hidden_kernel,
+    )
+    return update, cap.update(update, bound_state, state[0])[0]
 
 
 def singular_values(update: Any, kind: str) -> np.ndarray:

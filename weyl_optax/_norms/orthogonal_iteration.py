@@ -11,9 +11,25 @@ The columns of :math:`Q P` and :math:`V` are then estimates of the leading singu
 :math:`\Lambda^{1/2}` of the singular values, from below. An iteration reads :math:`A` twice, and
 costs hardly more than with a single vector, since the products are bound by reading :math:`A`.
 
-After a long search, a block may be blind to what is new in :math:`A`, so its last vector is
-drawn afresh in each iteration. Its image finds a column of :math:`A` that stands out, and the
-fifth power of the image, entry by entry, a row that stands out.
+After a long search, a block may be blind to what is new in :math:`A`, so its last vectors are
+drawn afresh in each iteration. Their images find columns of :math:`A` that stand out, and the
+fifth power of an image, entry by entry, a row that stands out.
+
+A cap lowers the :math:`k` leading singular values to the level :math:`\ell = \sigma_k`, and needs
+the norm of what is left, :math:`C = A - U_k (\Sigma_k - \ell) V_k^H`. That is above
+:math:`\ell`, since the vectors are not exact. With :math:`\bar Q` and :math:`\bar V` for all
+directions outside of the block,
+
+.. math::
+
+    C = [Q\;\bar Q]
+        \begin{bmatrix} L & 0 \\ \bar Q^H A V & \bar Q^H A \bar V \end{bmatrix}
+        [V\;\bar V]^H, \qquad \|L\|_2 = \ell;
+
+the zero is there because :math:`V` spans the rows of :math:`Q^H A`. A third product gives the
+norm of the first column, :math:`c = \|C V\|_2`. If the last entry is at most :math:`\ell`, the
+whole has about the norm of :math:`[\ell, 0; r, \ell]` with :math:`r^2 = c^2 - \ell^2`, which
+is :math:`(r + \sqrt{r^2 + 4 \ell^2}) / 2`.
 
 A matrix with a short side needs no search: its norm comes from the Gram matrix of this side.
 
@@ -36,6 +52,8 @@ from weyl_optax._norms.small_problems import together
 from weyl_optax._reading.specification import MatrixSpec
 
 BLOCK_SIZE = 8  # vectors of a block, besides those of a cap
+FRESH = 1  # of these are drawn afresh in each iteration
+FRESH_WITH_CAP = 4  # the same: what is new must not only be seen, but lowered
 COLD_ITERS = 16  # iterations that find a norm from a random block
 LEAST_LEVEL = 0.01  # of a cap, as a share of the largest singular value: for low ranks
 SHORT_SIDE = 16  # up to this, a Gram matrix is cheaper than a search, and exact
@@ -44,7 +62,7 @@ SHORT_SIDE = 16  # up to this, a Gram matrix is cheaper than a search, and exact
 class Search(NamedTuple):
     """The results for the matrices of some leaves, one entry per leaf."""
 
-    sigmas: list[jax.Array]  # (*batch,): their spectral norms
+    sigmas: list[jax.Array]  # (*batch,): their spectral norms, after the cap
     blocks: list[Any]  # the next blocks; None for a matrix that is not searched
     excesses: list[Any]  # X, an image of the first vectors: a cap subtracts X V^H; or None
 
@@ -108,18 +126,31 @@ def search(
         blocks: Where to start, see `new_block`.
         num_iters: Number of iterations, at least 1. May be traced.
         seed: For the vectors that are drawn afresh.
-        ranks: How many singular values of each leaf a cap lowers.
+        ranks: How many singular values of each leaf a cap lowers, by default none; see `cap_rank`.
 
     Returns:
         The norms: exact for vectors and matrices with a side of at most `SHORT_SIDE`, estimates
-        from below for others, NaN where a matrix is not finite. Their derivative is u v^H, with the
-        leading singular vectors. The block of a matrix that is zero or not finite is unchanged.
+        for others, from below except after a cap; NaN where a matrix is not finite. Their
+        derivative is u v^H, with the leading singular vectors; a cap has none. The block of a
+        matrix that is zero or not finite is unchanged.
     """
+    ranks = tuple(ranks or [0] * len(specs))
     fixed = lax.stop_gradient((list(leaves), list(blocks)))
-    found = _search(tuple(specs), tuple(ranks or [0] * len(specs)), *fixed, num_iters, seed)
+    found = _search(tuple(specs), ranks, *fixed, num_iters, seed)
     sigmas, leading, new, excesses = map(list, zip(*found, strict=True)) if found else ([],) * 4
     sigmas = list(map(_differentiable, specs, leaves, leading, sigmas))
-    return Search(sigmas, new, list(map(_no_derivative, excesses, leaves)) if ranks else excesses)
+    for i, rank in enumerate(ranks):
+        if rank:
+            sigmas[i], excesses[i] = (
+                _no_derivative(x, leaves[i]) for x in (sigmas[i], excesses[i])
+            )
+    return Search(sigmas, new, excesses)
+
+
+def cap_rank(spec: MatrixSpec, rank: int) -> int:
+    """How many singular values of each matrix a cap of a rank lowers."""
+    n = min(spec.matrix_shape)
+    return min(rank, n // 2) if n > SHORT_SIDE else 0
 
 
 def without_excess(
@@ -184,13 +215,6 @@ def _signs(a: Any, labels: Labels, shape: Sequence[int], seed: jax.typing.ArrayL
     return sharding.reshard_as(a, sharding.vary_as(a, signs), labels.axes(labels.block))
 
 
-def _replaced(x: jax.Array, axis: int, place: int, vector: jax.Array) -> jax.Array:
-    """X with another vector in one place."""
-    sizes = [1] * x.ndim  # elsewhere, so the index fits `x` on explicit axes
-    sizes[axis] = x.shape[axis]
-    return jnp.where(lax.broadcasted_iota(jnp.int32, sizes, axis) == place, vector, x)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _search(
     specs: tuple[MatrixSpec, ...],
@@ -235,22 +259,30 @@ def _iterate(
     """As `_search`, for matrices with two long sides, iterating all of them together."""
     iteration = functools.partial(_iteration, specs, ranks, leaves)
     blocks = list(map(sharding.vary_as, leaves, blocks))
-    of_sigmas, _, of_excesses = jax.eval_shape(iteration, blocks, seed)
-    sigmas, blocks, excesses = lax.fori_loop(
+    of_sigmas, _, of_images = jax.eval_shape(iteration, blocks, seed)
+    sigmas, blocks, images = lax.fori_loop(
         0,
         jnp.ceil(num_iters).astype(jnp.int32),
         lambda i, results: iteration(results[1], seed * COLD_ITERS + i),
         (  # The blocks are all that an iteration takes from the one before.
             list(map(sharding.zeros_of, leaves, of_sigmas)),
             blocks,
-            list(map(sharding.zeros_of, leaves, of_excesses)),
+            list(map(sharding.zeros_of, leaves, of_images)),
         ),
     )
-    leading = [
-        lax.index_in_dim(v, 0, Labels.of(spec).block.index("y"), keepdims=False)
-        for spec, v in zip(specs, blocks, strict=True)
+    found = [
+        (sigma[..., 0], lax.index_in_dim(v, 0, Labels.of(spec).block.index("y"), False), v, None)
+        for spec, sigma, v in zip(specs, sigmas, blocks, strict=True)
     ]
-    return list(zip(sigmas, leading, blocks, excesses, strict=True))
+    if capped := {i: rank for i, rank in enumerate(ranks) if rank}:
+        lowered = [
+            _lowered(specs[i], rank, leaves[i], blocks[i], sigmas[i], images[i])
+            for i, rank in capped.items()
+        ]
+        squares = together(_largest_eigenvalue, [x.gram for x in lowered])
+        for i, x, square in zip(capped, lowered, squares, strict=True):
+            found[i] = _norm_of_capped(x, square), *found[i][1:3], x.excess
+    return found
 
 
 def _iteration(
@@ -260,14 +292,14 @@ def _iteration(
     blocks: Sequence[jax.Array],
     seed: jax.Array,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array | None]]:
-    """The norms, the next blocks and the excesses of all leaves."""
-    images = list(map(_image, specs, leaves, blocks, [seed] * len(specs)))
+    """The singular values, right and left singular vectors of all leaves, as `_rotate` has them."""
+    images = list(map(_image, specs, ranks, leaves, blocks, [seed] * len(specs)))
     factors = together(_orthonormalizer, [image.gram for image in images])
     pulled = list(map(_pull_back, specs, leaves, images, factors))
     spectra = together(_eigh, [x.gram for x in pulled])
     found = map(_rotate, specs, ranks, leaves, blocks, images, pulled, spectra)
-    sigmas, blocks, excesses = map(list, zip(*found, strict=True))
-    return sigmas, blocks, excesses
+    sigmas, blocks, left = map(list, zip(*found, strict=True))
+    return sigmas, blocks, left
 
 
 class Image(NamedTuple):
@@ -286,8 +318,8 @@ class Pulled(NamedTuple):
     gram: jax.Array  # Y^H Y, (*batch, k, k)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _image(spec: MatrixSpec, a: jax.Array, v: jax.Array, seed: jax.Array) -> Image:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _image(spec: MatrixSpec, rank: int, a: jax.Array, v: jax.Array, seed: jax.Array) -> Image:
     """The image, with one more vector.
 
     Each vector is scaled to a largest entry of 1, so no product or Gram matrix overflows or
@@ -295,8 +327,10 @@ def _image(spec: MatrixSpec, a: jax.Array, v: jax.Array, seed: jax.Array) -> Ima
     """
     labels = Labels.of(spec)
     axis = labels.block.index("y")
-    k = v.shape[axis]
-    v = _replaced(v, axis, k - 1, _signs(a, labels, v.shape, seed + 1))
+    sizes = [1] * v.ndim  # elsewhere, so the index fits `v` on explicit axes
+    sizes[axis] = k = v.shape[axis]
+    is_kept = lax.broadcasted_iota(jnp.int32, sizes, axis) < k - (FRESH_WITH_CAP if rank else FRESH)
+    v = jnp.where(is_kept, v, _signs(a, labels, v.shape, seed + 1))
     forward = f"{labels.leaf},{labels.block}->{labels.image}"
     r = _einsum(a, labels, lax.Precision.DEFAULT, forward, a, v)
     r, largest = scaled_to_one(r, labels.vector_axes(labels.image))
@@ -354,25 +388,78 @@ def _rotate(
     pulled: Pulled,
     spectrum: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The norms, the next block and the excess."""
+    """The singular values (*batch, k), the next block, and the left vectors that a cap needs."""
     labels = Labels.of(spec)
     k = v.shape[labels.block.index("y")]
     squares, p = spectrum[0][..., :k], spectrum[1][..., :k]
-    sigma = jnp.sqrt(squares)
-    # Anything smaller is rounding: there, the old vector stays.
-    is_found = squares > 4 * p.shape[-1] * jnp.finfo(squares.dtype).eps * squares[..., :1]
+    is_found = _is_found(squares)  # elsewhere, the old vector stays
     inverse = lax.rsqrt(jnp.where(is_found, squares, 1))[..., None, :]
     new = _mix(a, labels, labels.block, pulled.y, p * inverse.astype(p.dtype))
     block = jnp.where(jnp.expand_dims(is_found, labels.vector_axes(labels.block)), new, v)
-    if not rank:
-        return image.size * sigma[..., 0], block, None
-    level = jnp.maximum(sigma[..., rank - 1 : rank], LEAST_LEVEL * sigma[..., :1])
-    lowered = jnp.maximum(sigma[..., :rank] - level, 0)[..., None, :]
-    excess = _mix(a, labels, labels.image, pulled.q, p[..., :rank] * lowered.astype(p.dtype))
-    for _ in range(2):  # one after the other, so that neither overflows
-        excess = excess * _expand(image.size, excess).astype(excess.dtype)
-    excess = jnp.where(_expand(jnp.isfinite(sigma[..., 0]), excess), excess, 0)
-    return image.size * sigma[..., 0], block, excess
+    left = _mix(a, labels, labels.image, pulled.q, p[..., :rank]) if rank else None
+    if left is not None:
+        left = left * _expand(image.size, left).astype(left.dtype)
+    return image.size[..., None] * jnp.sqrt(squares), block, left
+
+
+def _is_found(squares: jax.Array) -> jax.Array:
+    """Which of the squared singular values, descending, are more than rounding."""
+    k = squares.shape[-1]
+    return squares > 4 * (k + 1) * jnp.finfo(squares.dtype).eps * squares[..., :1]
+
+
+class Lowered(NamedTuple):
+    """A capped matrix C."""
+
+    excess: jax.Array
+    level: jax.Array  # (*batch,)
+    gram: jax.Array  # of C V over the level, (*batch, k, k)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lowered(
+    spec: MatrixSpec,
+    rank: int,
+    a: jax.Array,
+    v: jax.Array,
+    sigma: jax.Array,
+    left: jax.Array,
+) -> Lowered:
+    """What the cap subtracts, and the image of the block under what it leaves."""
+    labels = Labels.of(spec)
+    axis, vector_axes = labels.image.index("y"), labels.vector_axes(labels.image)
+    level = jnp.maximum(sigma[..., rank - 1], LEAST_LEVEL * sigma[..., 0])
+    above = jnp.maximum(sigma[..., :rank] - level[..., None], 0)
+    above = jnp.where(jnp.isfinite(level)[..., None], above, 0)  # a matrix with NaN or inf stays
+    excess = left * jnp.expand_dims(above, vector_axes).astype(left.dtype)
+    forward = f"{labels.leaf},{labels.block}->{labels.image}"
+    image = _einsum(a, labels, lax.Precision.HIGH, forward, a, v)
+    lowered = lax.slice_in_dim(image, 0, rank, axis=axis) - excess
+    others = lax.slice_in_dim(image, rank, None, axis=axis)
+    image = lax.concatenate([lowered, others], axis)
+    inverse = 1 / jnp.where(level > 0, level, 1)[..., None]
+    inverse = jnp.where(_is_found(jnp.square(sigma * inverse)), inverse, 0)
+    image = image * jnp.expand_dims(inverse, vector_axes).astype(image.dtype)
+    return Lowered(excess, level, _gram(a, labels, labels.image, image))
+
+
+def _largest_eigenvalue(gram: jax.Array) -> jax.Array:
+    """Of G, (..., k, k), positive semidefinite: tr(G^257) / tr(G^256)."""
+    power = gram
+    for _ in range(8):
+        trace = jnp.trace(power, axis1=-2, axis2=-1)[..., None, None]
+        power = power / jnp.where(trace == 0, 1, trace)
+        power = jnp.matmul(power, power, precision=lax.Precision.HIGHEST)
+    square = jnp.real(jnp.trace(power, axis1=-2, axis2=-1))
+    product = jnp.real(jnp.sum(power * jnp.conj(gram), axis=(-2, -1)))
+    return product / jnp.where(square > 0, square, 1)
+
+
+@jax.jit
+def _norm_of_capped(x: Lowered, square: jax.Array) -> jax.Array:
+    """(r + sqrt(r^2 + 4 l^2)) / 2, from c^2 / l^2."""
+    r = jnp.sqrt(jnp.maximum(square - 1, 0))
+    return x.level * (r + jnp.sqrt(r * r + 4)) / 2
 
 
 def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:

@@ -258,6 +258,11 @@ class BoundedLeaves:
         leaves = self._treedef.flatten_up_to(tree)
         return [x for i, spec in self._specs.items() for x in spec.split(unbox(leaves[i]))]
 
+    def of_each_part(self, tree: Any) -> list[Any]:
+        """As `of`, from a tree with one entry for a leaf, whatever its parts."""
+        leaves = self._treedef.flatten_up_to(tree)
+        return [unbox(leaves[i]) for i, spec in self._specs.items() for _ in spec.parts]
+
     def times(self, factors: Sequence[jax.Array], tree: Any, like: Any) -> Any:
         """The tree `like`, with each matrix of `tree` times a factor in its place."""
         leaves, given = map(self._treedef.flatten_up_to, (like, tree))
