@@ -71,8 +71,8 @@ def adamw2(
         num_iters: Iterations of the estimator at each update.
         cap_rank: How many leading singular values of Adam's update to lower to the smallest of
             them; by default none.
-        cap_mask: The leaves whose updates are capped, see :func:`optax.masked`; by default all.
-            The figures in the documentation are without embeddings and heads.
+        cap_mask: The leaves whose updates are capped, see :func:`optax.masked`; by default all
+            that are bounded. The figures in the documentation are without embeddings and heads.
 
     Returns:
         The corresponding :class:`optax.GradientTransformationExtraArgs`.

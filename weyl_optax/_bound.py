@@ -10,7 +10,12 @@ import optax
 
 from weyl_optax._arguments import as_schedule, check_at_least, check_in
 from weyl_optax._norms import orthogonal_iteration as iteration
-from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
+from weyl_optax._reading.specification import (
+    BoundedLeaves,
+    MatrixSpec,
+    WeightDimNumOrFn,
+    is_function,
+)
 from weyl_optax._reading.tabulate import warn_of_reading_by_rank
 
 Growth = Literal["linear", "exponential"]
@@ -133,8 +138,8 @@ def scale_by_weyl_bound(
         num_iters: Iterations, at least 1, of the estimator of :math:`\sigma_1` at each
             update. They start from the singular vectors of the last update, so one
             is nearly always enough; each reads the weights and the updates twice. One
-            vector is drawn afresh each time, to see parts of a matrix that are no longer
-            zero. The first update, which has no such start, takes 16 more. The norm of a
+            vector, with a cap four, is drawn afresh each time, to see parts of a matrix that are
+            no longer zero. The first update, which has no such start, takes 16 more. The norm of a
             matrix with a side of at most 16 is always exact.
         cap_rank: How many singular values of an update to lower, :math:`k`; at most
             :math:`n / 2` for a matrix with a shorter side of :math:`n`, and none for vectors and
@@ -142,8 +147,9 @@ def scale_by_weyl_bound(
             good choice for a short run, half of it for a long one. A capped update is small in
             every direction: behind Adam, use a rate of 0.01 to 0.03. No singular value is lowered
             by more than a factor of 100, so an update of rank below :math:`k` does not vanish.
-            To cap without the bound, set ``tau`` to ``jnp.inf``.
-        cap_mask: The leaves whose updates are capped, as in :func:`optax.masked`; by default all.
+            It reads the updates once more. To cap without the bound, set ``tau`` to ``jnp.inf``.
+        cap_mask: The leaves whose updates are capped, as in :func:`optax.masked`; by default all
+            that are bounded.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
@@ -189,10 +195,11 @@ def scale_by_weyl_bound(
     check_at_least("max_std", max_std, 0)
     check_at_least("num_iters", num_iters, 1)
     check_in("growth", growth, get_args(Growth))
-    if cap_rank is not None and not (isinstance(cap_rank, int) and cap_rank >= 1):
+    if cap_rank is not None and not (type(cap_rank) is int and cap_rank >= 1):
         raise ValueError(
             f"cap_rank must be None or a Python int of at least 1, got {cap_rank!r}: the state's "
-            'shape depends on it. Within optax.inject_hyperparams, name it: static_args="cap_rank".'
+            "shape depends on it. Within optax.inject_hyperparams, write "
+            'static_args=("cap_rank", "cap_mask").'
         )
     tau_at, rate_at, decay_at = map(as_schedule, (tau, learning_rate, weight_decay))
 
@@ -200,11 +207,11 @@ def scale_by_weyl_bound(
         """How many singular values of each update to lower."""
         if cap_rank is None:
             return [0] * len(leaves.specs)
-        mask = cap_mask(params) if callable(cap_mask) else cap_mask
+        mask = cap_mask(params) if is_function(cap_mask) else cap_mask
         spread = lambda is_capped, part: jax.tree.map(lambda _: is_capped, part)  # noqa: E731
         is_capped = leaves.of_each_part(jax.tree.map(spread, mask, params))
         return [
-            iteration.cap_rank(spec, cap_rank) if capped else 0
+            iteration.rank_of(spec, cap_rank) if capped else 0
             for spec, capped in zip(leaves.specs, is_capped, strict=True)
         ]
 
@@ -297,10 +304,11 @@ def _check_reading(leaves: BoundedLeaves, ranks: Sequence[int], state: WeylBound
         blocks = [iteration.block_shape(spec), iteration.block_shape(spec, rank)]
         if found != [spec.batch_shape, *blocks]:
             was = f"norms of shape {found[0]}, blocks {found[1]} and {found[2]}"
+            cap = f", with a cap of rank {rank}" if rank else ""
             raise ValueError(
                 f"The leaf {path!r} of shape {spec.shape} is read as matrices {spec.matrix_shape} "
-                f"in a batch of shape {spec.batch_shape}, with a cap of rank {rank}, and the state "
-                f"was made for another reading or rank: "
+                f"in a batch of shape {spec.batch_shape}{cap}, and the state was made for another "
+                "reading or rank: "
                 f"{'unbounded' if kept[0] is None else was}. Make the bound's state anew, and keep "
                 "the optimizer's: jax.tree.map(lambda new, old: new if isinstance(new, "
                 "WeylBoundState) else old, solver.init(params), state, "
@@ -331,7 +339,8 @@ def _scale(
     rate: jax.typing.ArrayLike,
 ) -> jax.Array:
     """min(1, tau reference / (rate sigma_1(U)))."""
-    allowed = jnp.asarray(tau, reference.dtype) * reference
+    growth = jnp.asarray(tau, reference.dtype)
+    allowed = jnp.where(growth == jnp.inf, growth, growth * reference)  # inf * 0 is NaN
     wanted = jnp.asarray(rate, reference.dtype) * sigma_update
     # NaN is not <= anything. A matrix with an entry that is not finite takes no step, and that
     # entry stays not finite.

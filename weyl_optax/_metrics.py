@@ -34,7 +34,7 @@ def bound_metrics(
         or vector), copies that outlive a donated state:
 
         - ``<path>/sigma_weight``: spectral norm of the weight before the update.
-        - ``<path>/sigma_update``: spectral norm of the update, before the bound.
+        - ``<path>/sigma_update``: spectral norm of the update, after the cap and before the bound.
         - ``<path>/scale``: the factor, at most 1, by which the update was multiplied.
 
         And ``bounded_fraction``, the share of matrices and vectors with a factor below 1.

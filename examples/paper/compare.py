@@ -37,15 +37,15 @@ class Flags:
     steps: int = 800
     """Updates of a run."""
     batch: int | None = None
-    """Sequences in a batch; by default, those of the model. Change --steps with it, for a run of
-    as many tokens."""
+    """Examples in a batch; by default, those of the model. Change --steps with it, for a run of
+    as many."""
     runs: tuple[optimizers.Name, ...] = (
         "adamw_warmup", "adamw", "muon", "adamw2", "adamw2_cap", "muon_bound", "lion",
         "adamw2_warmup", "radam", "schedule_free", "muon_warmup", "scion", "normuon",
     )  # fmt: skip
     """The optimizers."""
     decay: optimizers.Decay = "cosine"
-    """Of the rate."""
+    """Of the rate, except for schedule-free."""
     trials: int = 8
     """Trials of every optimizer in a round."""
     rounds: int = 1
@@ -55,7 +55,7 @@ class Flags:
     rates: bool = True
     """Train the best settings also at a tenth to ten times their peak rate."""
     data: Path | None = None
-    """The text; by default, Python's standard library."""
+    """The text of a language model; by default, Python's standard library."""
     table: Path = Path("examples/paper/results/comparison.jsonl")
     """The table of all runs."""
     out: Path = Path("runs/comparison")

@@ -62,7 +62,10 @@ def load(name: nano.Name, data: Path | None = None, **changes: Any) -> Problem:
 def of_text(config: language.Config, corpus: Corpus, name: str) -> Problem:
     """A language model. The second half of the held-out tokens is the test set.
 
-    Held-out batches have all whole windows, except for less than a batch at the end.
+    There are as many held-out batches as the whole windows fill.
+
+    Raises:
+        ValueError: If a part of the text is too short for a batch.
     """
     language.check_length(config, corpus)
     fingerprint = corpus.fingerprint
@@ -74,6 +77,11 @@ def of_text(config: language.Config, corpus: Corpus, name: str) -> Problem:
 
     def held_out(tokens: np.ndarray) -> list[np.ndarray]:
         number = len(Windows(tokens, length)) // batch
+        if number < 1:
+            raise ValueError(
+                f"The text has {tokens.size} tokens for validation or the test, too few for a "
+                f"batch of {batch} sequences of {length}. Give more text, or a smaller --batch."
+            )
         return validation_batches(tokens, length, batch, number)
 
     return Problem(

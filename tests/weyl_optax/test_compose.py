@@ -416,3 +416,23 @@ def test_the_state_is_small():
     solver = scale_by_weyl_bound(weight_dimension_numbers=numbers)
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
     assert size(jax.eval_shape(solver.init, params)) < 0.02 * 2 * size(params)
+
+
+def test_a_cap_on_boxed_masked_and_frozen_leaves():
+    model = nnx.Linear(40, 30, rngs=nnx.Rngs(0))
+    boxed = nnx.state(model, nnx.Param)
+    mask = lambda params: jax.tree.map(lambda x: x.ndim == 2, params)  # noqa: E731
+    solver = adamw2(0.1, cap_rank=4, cap_mask=mask)
+    plain = nnx.to_pure_dict(boxed)
+    expected, _ = solver.update(plain, solver.init(plain), plain)
+    found, state = jax.jit(solver.update)(boxed, jax.jit(solver.init)(boxed), boxed)
+    np.testing.assert_allclose(found["kernel"][...], expected["kernel"], rtol=1e-4, atol=1e-6)
+    assert jax.tree.leaves(optax.tree.get(state, "update_block"))[0].shape == (12, 30)
+
+    kernels = optax.masked(solver, {"kernel": True, "bias": False})
+    found, _ = kernels.update(plain, kernels.init(plain), plain)
+    np.testing.assert_allclose(found["kernel"], expected["kernel"], rtol=1e-4, atol=1e-6)
+    bound = scale_by_weyl_bound(cap_rank=4, cap_mask=mask)
+    frozen = plain | {"bias": None}
+    found, _ = bound.update(frozen, bound.init(plain), plain)
+    assert found["bias"] is None

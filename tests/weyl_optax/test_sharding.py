@@ -73,6 +73,7 @@ def train(solver, params, grads):
 
 
 SOLVER = adamw2(0.1, tau=0.01, weight_dimension_numbers=NUMBERS)
+CAPPED = adamw2(0.1, tau=0.01, weight_dimension_numbers=NUMBERS, cap_rank=8)
 
 
 @functools.cache
@@ -95,6 +96,28 @@ def test_sharded_equals_unsharded_and_moves_no_weight(layout, axis_type):
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-8)
             assert found[name].sharding.is_equivalent_to(sharding, found[name].ndim)
     assert largest(collectives(text)) <= LARGEST_BLOCK < SMALLEST_MATRIX
+
+
+@functools.cache
+def capped_unsharded():
+    return train(CAPPED, *arrays(SHAPES, 2))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("layout", range(4))
+def test_a_cap_sharded_equals_unsharded(layout, axis_type):
+    devices = mesh(axis_type)
+    shardings = {name: NamedSharding(devices, specs[layout]) for name, specs in SPECS.items()}
+    params, grads = arrays(SHAPES, 2)
+    params, grads = jax.device_put((params, grads), (shardings, [shardings] * 2))
+    with jax.set_mesh(devices):
+        updates, _ = train(CAPPED, params, grads)
+    for found, wanted in zip(updates, capped_unsharded(), strict=True):
+        for name, sharding in shardings.items():
+            scale = np.abs(wanted[name]).max()
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, atol=1e-3 * scale)
+            assert found[name].sharding.is_equivalent_to(sharding, found[name].ndim)
 
 
 @pytest.mark.slow

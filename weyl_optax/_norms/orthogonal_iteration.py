@@ -17,19 +17,20 @@ fifth power of an image, entry by entry, a row that stands out.
 
 A cap lowers the :math:`k` leading singular values to the level :math:`\ell = \sigma_k`, and needs
 the norm of what is left, :math:`C = A - U_k (\Sigma_k - \ell) V_k^H`. That is above
-:math:`\ell`, since the vectors are not exact. With :math:`\bar Q` and :math:`\bar V` for all
-directions outside of the block,
+:math:`\ell`, since the vectors are not exact. With :math:`U = Q P` for the left vectors of the
+block, and :math:`\bar U` and :math:`\bar V` for all other directions,
 
 .. math::
 
-    C = [Q\;\bar Q]
-        \begin{bmatrix} L & 0 \\ \bar Q^H A V & \bar Q^H A \bar V \end{bmatrix}
+    C = [U\;\bar U]
+        \begin{bmatrix} L & 0 \\ \bar U^H A V & \bar U^H A \bar V \end{bmatrix}
         [V\;\bar V]^H, \qquad \|L\|_2 = \ell;
 
-the zero is there because :math:`V` spans the rows of :math:`Q^H A`. A third product gives the
-norm of the first column, :math:`c = \|C V\|_2`. If the last entry is at most :math:`\ell`, the
-whole has about the norm of :math:`[\ell, 0; r, \ell]` with :math:`r^2 = c^2 - \ell^2`, which
-is :math:`(r + \sqrt{r^2 + 4 \ell^2}) / 2`.
+the zero is there because :math:`V` spans the rows of :math:`U^H A`. A third product gives the
+norm of the first column, :math:`c = \|C V\|_2`. We take the last entry to be at most
+:math:`\ell`, which it is if the block has found what is larger, and :math:`L` to be
+:math:`\ell` where :math:`C V` is largest. Then the norm is that of :math:`[\ell, 0; r, \ell]`
+with :math:`r^2 = c^2 - \ell^2`, which is :math:`(r + \sqrt{r^2 + 4 \ell^2}) / 2`.
 
 A matrix with a short side needs no search: its norm comes from the Gram matrix of this side.
 
@@ -52,8 +53,8 @@ from weyl_optax._norms.small_problems import together
 from weyl_optax._reading.specification import MatrixSpec
 
 BLOCK_SIZE = 8  # vectors of a block, besides those of a cap
-FRESH = 1  # of these are drawn afresh in each iteration
-FRESH_WITH_CAP = 4  # the same: what is new must not only be seen, but lowered
+FRESH = 1  # vectors drawn afresh in each iteration
+FRESH_WITH_CAP = 4  # and with a cap, which must lower what is new at once
 COLD_ITERS = 16  # iterations that find a norm from a random block
 LEAST_LEVEL = 0.01  # of a cap, as a share of the largest singular value: for low ranks
 SHORT_SIDE = 16  # up to this, a Gram matrix is cheaper than a search, and exact
@@ -126,7 +127,7 @@ def search(
         blocks: Where to start, see `new_block`.
         num_iters: Number of iterations, at least 1. May be traced.
         seed: For the vectors that are drawn afresh.
-        ranks: How many singular values of each leaf a cap lowers, by default none; see `cap_rank`.
+        ranks: How many singular values of each leaf a cap lowers, by default none; see `rank_of`.
 
     Returns:
         The norms: exact for vectors and matrices with a side of at most `SHORT_SIDE`, estimates
@@ -147,10 +148,10 @@ def search(
     return Search(sigmas, new, excesses)
 
 
-def cap_rank(spec: MatrixSpec, rank: int) -> int:
-    """How many singular values of each matrix a cap of a rank lowers."""
+def rank_of(spec: MatrixSpec, cap_rank: int) -> int:
+    """How many singular values of each matrix a cap lowers."""
     n = min(spec.matrix_shape)
-    return min(rank, n // 2) if n > SHORT_SIDE else 0
+    return min(cap_rank, n // 2) if n > SHORT_SIDE else 0
 
 
 def without_excess(
@@ -259,15 +260,15 @@ def _iterate(
     """As `_search`, for matrices with two long sides, iterating all of them together."""
     iteration = functools.partial(_iteration, specs, ranks, leaves)
     blocks = list(map(sharding.vary_as, leaves, blocks))
-    of_sigmas, _, of_images = jax.eval_shape(iteration, blocks, seed)
-    sigmas, blocks, images = lax.fori_loop(
+    of_sigmas, _, of_left = jax.eval_shape(iteration, blocks, seed)
+    sigmas, blocks, left = lax.fori_loop(
         0,
         jnp.ceil(num_iters).astype(jnp.int32),
         lambda i, results: iteration(results[1], seed * COLD_ITERS + i),
         (  # The blocks are all that an iteration takes from the one before.
             list(map(sharding.zeros_of, leaves, of_sigmas)),
             blocks,
-            list(map(sharding.zeros_of, leaves, of_images)),
+            list(map(sharding.zeros_of, leaves, of_left)),
         ),
     )
     found = [
@@ -276,7 +277,7 @@ def _iterate(
     ]
     if capped := {i: rank for i, rank in enumerate(ranks) if rank}:
         lowered = [
-            _lowered(specs[i], rank, leaves[i], blocks[i], sigmas[i], images[i])
+            _lowered(specs[i], rank, leaves[i], blocks[i], sigmas[i], left[i])
             for i, rank in capped.items()
         ]
         squares = together(_largest_eigenvalue, [x.gram for x in lowered])
@@ -396,9 +397,11 @@ def _rotate(
     inverse = lax.rsqrt(jnp.where(is_found, squares, 1))[..., None, :]
     new = _mix(a, labels, labels.block, pulled.y, p * inverse.astype(p.dtype))
     block = jnp.where(jnp.expand_dims(is_found, labels.vector_axes(labels.block)), new, v)
-    left = _mix(a, labels, labels.image, pulled.q, p[..., :rank]) if rank else None
-    if left is not None:
-        left = left * _expand(image.size, left).astype(left.dtype)
+    left = None
+    if rank:
+        left = _mix(a, labels, labels.image, pulled.q, p[..., :rank])
+        size = jnp.expand_dims(image.size, tuple(range(image.size.ndim, left.ndim)))
+        left = left * size.astype(left.dtype)
     return image.size[..., None] * jnp.sqrt(squares), block, left
 
 
@@ -409,9 +412,9 @@ def _is_found(squares: jax.Array) -> jax.Array:
 
 
 class Lowered(NamedTuple):
-    """A capped matrix C."""
+    """What a cap does to a matrix."""
 
-    excess: jax.Array
+    excess: jax.Array  # the image that it subtracts
     level: jax.Array  # (*batch,)
     gram: jax.Array  # of C V over the level, (*batch, k, k)
 
@@ -430,8 +433,8 @@ def _lowered(
     axis, vector_axes = labels.image.index("y"), labels.vector_axes(labels.image)
     level = jnp.maximum(sigma[..., rank - 1], LEAST_LEVEL * sigma[..., 0])
     above = jnp.maximum(sigma[..., :rank] - level[..., None], 0)
-    above = jnp.where(jnp.isfinite(level)[..., None], above, 0)  # a matrix with NaN or inf stays
     excess = left * jnp.expand_dims(above, vector_axes).astype(left.dtype)
+    excess = jnp.where(jnp.expand_dims(jnp.isfinite(above), vector_axes), excess, 0)  # or NaN
     forward = f"{labels.leaf},{labels.block}->{labels.image}"
     image = _einsum(a, labels, lax.Precision.HIGH, forward, a, v)
     lowered = lax.slice_in_dim(image, 0, rank, axis=axis) - excess
@@ -443,6 +446,7 @@ def _lowered(
     return Lowered(excess, level, _gram(a, labels, labels.image, image))
 
 
+@jax.jit
 def _largest_eigenvalue(gram: jax.Array) -> jax.Array:
     """Of G, (..., k, k), positive semidefinite: tr(G^257) / tr(G^256)."""
     power = gram
@@ -460,10 +464,6 @@ def _norm_of_capped(x: Lowered, square: jax.Array) -> jax.Array:
     """(r + sqrt(r^2 + 4 l^2)) / 2, from c^2 / l^2."""
     r = jnp.sqrt(jnp.maximum(square - 1, 0))
     return x.level * (r + jnp.sqrt(r * r + 4)) / 2
-
-
-def _expand(per_matrix: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.expand_dims(per_matrix, tuple(range(per_matrix.ndim, like.ndim)))
 
 
 def scaled_to_one(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
@@ -522,7 +522,8 @@ def _einsum(
 ) -> jax.Array:
     """An einsum sharded like the axes of the leaf `a`; replicated, without labels.
 
-    On a TPU, and on a GPU with TF32, DEFAULT has an error of 2^-9 or so and HIGH one of 2^-16.
+    On a TPU, DEFAULT has an error of 2^-9 or so and HIGH one of 2^-16; on a GPU with TF32, both
+    have one of 2^-11.
     """
     out = expression.rpartition("->")[2]
     axes = labels.axes(out) if labels else [None] * len(out)
