@@ -221,11 +221,12 @@ def follow(model: nano.Nano, cap_rank: int | None, steps: int) -> dict[str, dict
         for path, w in step.weights.items():
             u = np.float64(step.updates[path])
             sigma_w, sigma_u = exact(w), exact(u)
+            decayed = u + decay(path, step.weights, config)
             least = MIN_STD * sum(math.sqrt(side) for side in w.shape[-2:])
             for name, (of_weights, of_updates) in estimates.items():
                 allowed = TAU * np.maximum(of_weights[path], least)
                 rate = np.minimum(step.rate, allowed / of_updates[path])
-                after = exact(w - rate[:, None, None] * (u + decay(path, step.weights, config)))
+                after = exact(w - rate[:, None, None] * decayed)
                 below = 1 - of_weights[path] / sigma_w, 1 - of_updates[path] / sigma_u
                 growth = after / np.maximum(sigma_w, least)
                 found[name].setdefault(path, []).append(np.stack([*below, growth]))

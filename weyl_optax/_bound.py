@@ -147,7 +147,7 @@ def scale_by_weyl_bound(
             good choice for a short run, half of it for a long one. A capped update is small in
             every direction: behind Adam, use a rate of 0.01 to 0.03. No singular value is lowered
             by more than a factor of 100, so an update of rank below :math:`k` does not vanish.
-            It reads the updates once more. To cap without the bound, set ``tau`` to ``jnp.inf``.
+            A cap reads the updates once more. To cap without the bound, set ``tau`` to ``jnp.inf``.
         cap_mask: The leaves whose updates are capped, as in :func:`optax.masked`; by default all
             that are bounded.
 

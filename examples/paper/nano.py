@@ -10,10 +10,9 @@ from examples import language, program, train_gpt, train_vit, training, vision
 from examples.image_data import Images, load_images
 from examples.text_data import Corpus, load_corpus
 
-TextName: TypeAlias = Literal["gpt", "gpt-wide", "gpt-widest", "llama", "llama-qk-norm"]
-Name: TypeAlias = TextName | Literal["vit", "swin"]
+Name: TypeAlias = Literal["gpt", "gpt-wide", "gpt-widest", "llama", "llama-qk-norm", "vit", "swin"]
 
-TEXT: dict[TextName, dict[str, Any]] = {  # 20 tokens a parameter are 800 steps of a Llama
+TEXT: dict[Name, dict[str, Any]] = {  # 20 tokens a parameter are 800 steps of a Llama
     "gpt": {"model": "nano"},
     "gpt-wide": {"model": "nano-wide"},
     "gpt-widest": {"model": "nano-widest"},
@@ -31,14 +30,10 @@ class Nano(NamedTuple):
     data: Corpus | Images
 
 
-def load_text(name: TextName) -> tuple[language.Config, Corpus]:
-    """A GPT, one of twice or four times its width, or a Llama, on Python's standard library."""
-    return dataclasses.replace(language.PRESETS["nano"], **TEXT[name]), load_corpus(None)
-
-
 def load(name: Name) -> Nano:
-    """A model on Python's standard library; or a ViT or Swin, on digits."""
+    """A GPT or Llama, on Python's standard library; or a ViT or Swin, on digits."""
     if name in TEXT:
-        return Nano(train_gpt.train, language.make_task, *load_text(name))
+        config = dataclasses.replace(language.PRESETS["nano"], **TEXT[name])
+        return Nano(train_gpt.train, language.make_task, config, load_corpus(None))
     config = dataclasses.replace(vision.PRESETS["nano"], model=f"{name}-nano")
     return Nano(train_vit.train, vision.make_task, config, load_images(None, num_channels=1))

@@ -28,7 +28,7 @@ class Problem(NamedTuple):
 
     config: program.Config
     make_model: Callable[[int], nnx.Module]  # from a seed
-    numbers: Any  # how its leaves are read as matrices
+    numbers_of: Callable[[Any], Any]  # how the leaves of the model are read as matrices
     loss: Callable[[Any, Any], jax.Array]  # of the model and a batch to train on
     evaluate: Callable[[Any, Any], dict[str, jax.Array]]  # loss and count of a held-out batch
     batches: Callable[[int], Iterable[Any]]  # endless, from a seed
@@ -87,7 +87,7 @@ def of_text(config: language.Config, corpus: Corpus, name: str) -> Problem:
     return Problem(
         config,
         make_model,
-        language.numbers_of(make_model(config.seed)),
+        language.numbers_of,
         language.next_token_loss,
         language.evaluate,
         lambda seed: training_batches(corpus.train, length, batch, seed),
@@ -108,7 +108,7 @@ def of_images(config: vision.Config, images: Images, name: str) -> Problem:
     return Problem(
         config,
         lambda seed: vision.make_model(with_seed(seed), images),
-        vision.numbers_of(vision.make_model(config, images)),
+        vision.numbers_of,
         functools.partial(vision.loss, images),
         functools.partial(vision.evaluate, images),
         lambda seed: vision.training_set(with_seed(seed), images),

@@ -24,7 +24,9 @@ class Trainer:
 
     def __init__(self, problem: Problem):
         self.problem = problem
-        self._graph, _, rest = nnx.split(problem.make_model(0), nnx.Param, ...)
+        model = problem.make_model(0)
+        self.numbers = problem.numbers_of(model)
+        self._graph, _, rest = nnx.split(model, nnx.Param, ...)
         self._rest = nnx.as_pure(rest)
         self._evaluate = jax.jit(
             lambda params, batch: problem.evaluate(self._merged(params), batch)
@@ -65,9 +67,7 @@ class Trainer:
 
         def optimizer(rates: jax.Array, settings: dict[str, Any]) -> optax.GradientTransformation:
             made_of = optimizers.Settings(**others | settings)
-            return optimizers.make_at(
-                name, lambda count: rates[count], made_of, self.problem.numbers
-            )
+            return optimizers.make_at(name, lambda count: rates[count], made_of, self.numbers)
 
         @jax.jit
         def init(params: Any, *of_run: Any) -> optax.OptState:

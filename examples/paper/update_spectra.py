@@ -82,7 +82,7 @@ def updates(problem: Problem) -> tuple[Any, Any]:
     update = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + 1e-8), mean, square)
     cap = scale_by_weyl_bound(
         jnp.inf,
-        weight_dimension_numbers=problem.numbers,
+        weight_dimension_numbers=trainer.numbers,
         cap_rank=config.cap_rank,
         cap_mask=optimizers.is_hidden_kernel,
     )

@@ -77,47 +77,43 @@ CAPPED = adamw2(0.1, tau=0.01, weight_dimension_numbers=NUMBERS, cap_rank=8)
 
 
 @functools.cache
-def unsharded():
-    return train(SOLVER, *arrays(SHAPES, 2))[0]
+def unsharded(solver):
+    return train(solver, *arrays(SHAPES, 2))[0]
+
+
+def sharded_and_unsharded(solver, layout, axis_type):
+    """Updates of both, leaf by leaf, whose shardings are checked; and the program of a step."""
+    devices = mesh(axis_type)
+    shardings = {name: NamedSharding(devices, specs[layout]) for name, specs in SPECS.items()}
+    params, grads = arrays(SHAPES, 2)
+    params, grads = jax.device_put((params, grads), (shardings, [shardings] * 2))
+    with jax.set_mesh(devices):
+        updates, text = train(solver, params, grads)
+    pairs = []
+    for found, wanted in zip(updates, unsharded(solver), strict=True):
+        for name, sharding in shardings.items():
+            assert found[name].sharding.is_equivalent_to(sharding, found[name].ndim)
+            pairs.append((found[name], wanted[name]))
+    return pairs, text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("layout", range(4))
 def test_sharded_equals_unsharded_and_moves_no_weight(layout, axis_type):
-    devices = mesh(axis_type)
-    shardings = {name: NamedSharding(devices, specs[layout]) for name, specs in SPECS.items()}
-    params, grads = arrays(SHAPES, 2)
-    params, grads = jax.device_put((params, grads), (shardings, [shardings] * 2))
-    with jax.set_mesh(devices):
-        updates, text = train(SOLVER, params, grads)
-    for found, wanted in zip(updates, unsharded(), strict=True):
-        for name, sharding in shardings.items():
-            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-8)
-            assert found[name].sharding.is_equivalent_to(sharding, found[name].ndim)
+    pairs, text = sharded_and_unsharded(SOLVER, layout, axis_type)
+    for found, wanted in pairs:
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-8)
     assert largest(collectives(text)) <= LARGEST_BLOCK < SMALLEST_MATRIX
-
-
-@functools.cache
-def capped_unsharded():
-    return train(CAPPED, *arrays(SHAPES, 2))[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("layout", range(4))
 def test_a_cap_sharded_equals_unsharded(layout, axis_type):
-    devices = mesh(axis_type)
-    shardings = {name: NamedSharding(devices, specs[layout]) for name, specs in SPECS.items()}
-    params, grads = arrays(SHAPES, 2)
-    params, grads = jax.device_put((params, grads), (shardings, [shardings] * 2))
-    with jax.set_mesh(devices):
-        updates, _ = train(CAPPED, params, grads)
-    for found, wanted in zip(updates, capped_unsharded(), strict=True):
-        for name, sharding in shardings.items():
-            scale = np.abs(wanted[name]).max()
-            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, atol=1e-3 * scale)
-            assert found[name].sharding.is_equivalent_to(sharding, found[name].ndim)
+    pairs, _ = sharded_and_unsharded(CAPPED, layout, axis_type)
+    for found, wanted in pairs:
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
 
 
 @pytest.mark.slow

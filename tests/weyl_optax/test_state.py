@@ -346,6 +346,16 @@ READINGS = {
 }
 
 
+def with_a_new_bound(solver, params, state):
+    """What the message of a state that does not fit says to write."""
+    return jax.tree.map(
+        lambda new, old: new if isinstance(new, WeylBoundState) else old,
+        solver.init(params),
+        state,
+        is_leaf=lambda x: isinstance(x, WeylBoundState),
+    )
+
+
 @pytest.mark.parametrize("after", [name for name in READINGS if name != "unbounded"])
 @pytest.mark.parametrize("before", READINGS)
 def test_a_state_that_was_made_for_another_reading(before, after):
@@ -355,13 +365,16 @@ def test_a_state_that_was_made_for_another_reading(before, after):
     if before != after:
         with pytest.raises(ValueError, match=r"'q' of shape \(64, 32, 4\) is read as matrices"):
             new.update(params, state, params)
-        # What the message says to write.
-        state = jax.tree.map(
-            lambda new, old: new if isinstance(new, WeylBoundState) else old,
-            new.init(params),
-            state,
-            is_leaf=lambda x: isinstance(x, WeylBoundState),
-        )
+        state = with_a_new_bound(new, params, state)
     updates, state = new.update(params, state, params)
     assert optax.tree.get(state, "mu")["q"].shape == params["q"].shape
     assert np.isfinite(updates["q"]).all()
+
+
+def test_a_state_of_another_rank():
+    params = {"w": jnp.ones((60, 40))}
+    state = adamw2(0.1, cap_rank=4).init(params)
+    solver = adamw2(0.1, cap_rank=8)
+    with pytest.raises(ValueError, match=r"The leaf 'w' .* with a cap of rank 8, and the state"):
+        solver.update(params, state, params)
+    solver.update(params, with_a_new_bound(solver, params, state), params)

@@ -142,9 +142,8 @@ def search(
     sigmas = list(map(_differentiable, specs, leaves, leading, sigmas))
     for i, rank in enumerate(ranks):
         if rank:
-            sigmas[i], excesses[i] = (
-                _no_derivative(x, leaves[i]) for x in (sigmas[i], excesses[i])
-            )
+            sigmas[i] = _no_derivative(sigmas[i], leaves[i])
+            excesses[i] = _no_derivative(excesses[i], leaves[i])
     return Search(sigmas, new, excesses)
 
 

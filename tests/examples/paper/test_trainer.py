@@ -16,7 +16,7 @@ from examples.text_data import training_batches, validation_batches
 @pytest.mark.slow
 def test_a_run_is_that_of_a_plain_loop():
     """The losses, with settings that the compiled program is given, and on both held-out sets."""
-    config, corpus = nano.load_text("llama")
+    *_, config, corpus = nano.load("llama")
     corpus = corpus._replace(validation=corpus.validation[:2000])
     small = dataclasses.replace(config, batch=4, sequence_length=16, steps=20)
     problem = problems.of_text(small, corpus, "python")
