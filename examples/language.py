@@ -12,7 +12,7 @@ from flax import nnx
 from grain.sharding import ShardByJaxProcess
 from jax.experimental import multihost_utils
 
-from examples import placement, program, training
+from examples import placement, program, run_folder, training
 from examples.text_data import (
     Corpus,
     Windows,
@@ -93,11 +93,16 @@ def prepare(flags: Any) -> Corpus:
     Raises:
         ValueError: If the data do not fit the flags, or if it would lose or mix runs.
     """
+    if "qk_clip" in flags.runs and getattr(SIZES[flags.model], "qk_norm", False):
+        raise ValueError(
+            f"--runs qk_clip: {flags.model} norms its queries and keys, so their weights do not "
+            "change its logits. Leave qk_clip out."
+        )
     corpus = load_corpus(flags.data)
     check_length(flags, corpus)
     flags.check_runs(flags.steps, flags.runs)
     program.make_mesh(flags)  # which checks the flag
-    program.begin(flags)
+    run_folder.begin(flags)
     return corpus
 
 

@@ -1,10 +1,8 @@
-"""What the programs share: flags, the folder of a run, and runs with several optimizers."""
+"""What the programs share: their flags, how they end, and runs with several optimizers."""
 
 import contextlib
 import dataclasses
-import json
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -13,22 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_type_hints
 
 import jax
-import jax.numpy as jnp
-import optax
 import tyro
-from filelock import FileLock, Timeout
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from examples import optimizers, placement, processes, recorder, results, training
+from examples import optimizers, placement, processes, results, run_folder, training
 from examples.checkpoints import NO_SPACE, Damaged
-from examples.watch import watch
-from models import layers
-from weyl_optax import bound_metrics, spectral_norm
-
-# Flags that say where a run is, and not what it is: they may change when it goes on.
-WHERE = {"out", "resume", "mesh", *(field.name for field in dataclasses.fields(processes.Flags))}
 
 
 class Range(NamedTuple):
@@ -124,7 +112,7 @@ def check_ranges(flags: Any) -> None:
 
 def describe(kind: type[Config], config: Config, data: str) -> dict[str, Any]:
     """What a checkpoint says of its run: settings of that kind, and a fingerprint of its data."""
-    names = {field.name for field in dataclasses.fields(kind)} - WHERE
+    names = {field.name for field in dataclasses.fields(kind)} - run_folder.WHERE
     return {name: getattr(config, name) for name in sorted(names)} | {"data": data}
 
 
@@ -182,6 +170,8 @@ def _go_on(flags: Any) -> str:
 
 def _left(flags: Any, once: str = "") -> str:
     """What there is of a run, and what to do."""
+    if not hasattr(flags, "resume"):
+        return f"{once}{_go_on(flags)}".capitalize()
     return f"{_folder(flags)} is as its last checkpoint has it: {once}{_go_on(flags)}"
 
 
@@ -223,60 +213,6 @@ def _keep(error: BaseException, folder: Path) -> Path:
     return Path("the lines above")
 
 
-def begin(flags: Any) -> None:
-    """Begins or goes on with the folder of a run, and its `config.json`.
-
-    A folder that has a checkpoint or a logged step is never begun anew.
-
-    Args:
-        flags: A dataclass with `out`, the folder, and `resume`.
-
-    Raises:
-        ValueError: If it would lose or mix runs.
-    """
-    folder, file = flags.out, flags.out / "config.json"
-    config = {k: v for k, v in dataclasses.asdict(flags).items() if k not in WHERE}
-    config = json.loads(json.dumps(config, default=str))
-    check_folder(folder)
-    has_run = any(any(folder.glob(pattern)) for pattern in OF_A_RUN)
-    if flags.resume:
-        if not file.exists() and not has_run:
-            raise ValueError(f"--resume: {folder} has no run. Leave --resume out to begin one.")
-        before = _read_config(file)
-        if different := [key for key in config if config[key] != before.get(key)]:
-            raise ValueError(
-                f"--resume: {folder} was begun with other flags. Give "
-                + ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in different)
-                + ", or another --out."
-            )
-    elif has_run:
-        raise ValueError(f"{folder} has a run. Go on with --resume, or give another --out.")
-    multihost_utils.sync_global_devices("all have looked")
-    if processes.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        _lock(folder)
-        if not flags.resume:
-            recorder.replace(file, json.dumps(config, indent=2) + "\n")
-
-
-# What a folder has in which something was trained: itself, or those of `tau_ablation` in it.
-OF_A_RUN = [
-    f"{inner}{name}" for inner in ("", "*/*/") for name in ("metrics.jsonl", "checkpoints/*/*")
-]
-
-
-def check_folder(folder: Path) -> None:
-    """Raises ValueError where a path cannot be a folder of this machine."""
-    if re.match(r"[a-z][a-z0-9]+:/", str(folder)):
-        raise ValueError(f"--out {folder}: name a folder of this machine, or one that is mounted.")
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"--out {str(folder)!a}: name it in UTF-8.") from None
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file. Name a folder.")
-
-
 def check_lists(flags: Any, *names: str) -> None:
     """Raises ValueError where a flag of several values has none, or one twice."""
     for name in names:
@@ -284,34 +220,6 @@ def check_lists(flags: Any, *names: str) -> None:
         if not values or len(set(values)) < len(values):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: name at least one, and each once.")
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"--resume: {file} is {'damaged' if file.exists() else 'gone'}. Write it anew, by the "
-            "same command with another --out, and copy it here."
-        )
-    return config
-
-
-_locks: list[Any] = []  # a lock ends with its object
-
-
-def _lock(folder: Path) -> None:
-    """Keeps a folder for this process, until that ends."""
-    lock = FileLock(folder / ".lock", is_singleton=True)
-    try:
-        lock.acquire(timeout=0)
-        _locks.append(lock)
-    except Timeout:
-        raise ValueError(
-            f"another process trains in {folder}. Wait for it, or give another --out."
-        ) from None
 
 
 def make_mesh(config: Config) -> Mesh:
@@ -336,48 +244,3 @@ def train_each(flags: Any, train: Callable[[str], nnx.Module]) -> dict[str, Any]
                     flags.out, {name: results.summarize(flags.out, name) for name in models}
                 )
     return models
-
-
-def max_logits(
-    name: str, inputs: Callable[[Any], jax.Array]
-) -> Callable[[nnx.Module, Any], dict[str, jax.Array]] | None:
-    """The largest logits of every head, from the inputs in a batch, if an optimizer needs them.
-
-    That is QK-Clip. They are those of a GPT or a ViT.
-    """
-    if name != "qk_clip":
-        return None
-    return lambda model, batch: {"blocks/attention": layers.largest_logits(model, inputs(batch))}
-
-
-def observe(
-    name: str, stacks: Callable[[Any], Sequence[Any]]
-) -> Callable[[Any, optax.OptState], dict[str, jax.Array]]:
-    """What is logged of a run with the optimizer of that name.
-
-    The spectral norm of W_q W_k^T, over all heads together, of each block in the stacks of a
-    model, and what the bound did.
-    """
-
-    def metrics(model: Any, opt_state: optax.OptState) -> dict[str, jax.Array]:
-        products = [_qk(blocks) for blocks in stacks(model)]
-        found = {"qk_sigma": jnp.concatenate(spectral_norm(products))}
-        return found | bound_metrics(opt_state) if name == "adamw2" else found
-
-    return metrics
-
-
-def measure(loss: Callable[[Any, Any], jax.Array]) -> Callable[[Any, Any], dict[str, jax.Array]]:
-    """The paper's 15 terms in every block, on the first micro-batch, as `watch/<name>`."""
-
-    def terms(model: Any, batch: Any) -> dict[str, jax.Array]:
-        found = watch(model, jax.tree.map(lambda x: x[0], batch), loss)
-        return {f"watch/{name}": value for name, value in found.items()}
-
-    return terms
-
-
-def _qk(blocks: Any) -> jax.Array:
-    """W_q W_k^T of stacked blocks, (blocks, d, d)."""
-    query, key = blocks.attention.query.kernel[...], blocks.attention.key.kernel[...]
-    return jnp.einsum("ldnh,lenh->lde", query, key)

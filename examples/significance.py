@@ -1,6 +1,7 @@
 """Whether runs reach the target of the GPT-2 speedruns: over their seeds, at each validation."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,18 +72,46 @@ def read(folders: tuple[Path, ...], run: str) -> dict[int, np.ndarray]:
     """The losses of all folders, by the steps that all of them have validated.
 
     Raises:
-        ValueError: If a folder has no validated step of the run, or if no step is common.
+        ValueError: If a folder has no validated step of the run, if no step is common, or if the
+            runs differ in anything but their seeds.
     """
+    check_seeds(folders)
     found = []
     for folder in folders:
         lines = recorder.read_metrics(folder, run)
-        by_step = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+        by_step = {
+            line["step"]: math.inf if line["val_loss"] is None else line["val_loss"]
+            for line in lines
+            if "val_loss" in line
+        }
         if not by_step:
             raise ValueError(f"{folder} has no validation of {run}. Name another --run or folder.")
         found.append(by_step)
     if not (steps := set.intersection(*map(set, found))):
         raise ValueError("The runs have no validated step in common: give all the same steps.")
     return {step: np.array([by_step[step] for by_step in found]) for step in steps}
+
+
+def check_seeds(folders: tuple[Path, ...]) -> None:
+    """Raises ValueError where runs differ in more than their seeds, or not in these."""
+    of_seed: dict[Any, Path] = {}
+    configs = []
+    for folder in folders:
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            seed = config.pop("seed")
+        except (OSError, ValueError, KeyError):
+            raise ValueError(
+                f"{folder} has no config.json with a seed. Name folders of examples.train_gpt."
+            ) from None
+        if seed in of_seed:
+            raise ValueError(
+                f"{of_seed[seed]} and {folder} both have --seed {seed}. Give each run once."
+            )
+        of_seed[seed] = folder
+        configs.append(config)
+        if different := [key for key in config if config[key] != configs[0].get(key)]:
+            raise ValueError(f"{folder} and {folders[0]} differ in {', '.join(different)}.")
 
 
 def main(flags: Flags) -> None:

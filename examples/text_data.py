@@ -52,17 +52,18 @@ def load_corpus(path: Path | None) -> Corpus:
     if path is None:
         modules = Path(sysconfig.get_path("stdlib")).glob("*.py")
         return _from_text(sorted(modules))[0]
-    if not path.exists():
-        raise ValueError(f"--data {path}: no such file or folder.")
     if path.is_file() and path.suffix != ".bin":
         return _from_text([path])[0]
-    folder = path if path.is_dir() else path.parent
-    if (folder / "train.bin").exists():
-        return _from_bin(folder)
-    if any(folder.glob(SPEEDRUN_TRAIN)):
-        return _from_speedrun(folder)
-    if path.is_file():
-        raise ValueError(f"--data {path}: {folder} has no train.bin beside it.")
+    if path.is_file() and (path.name == "train.bin" or path.match(SPEEDRUN_TRAIN)):
+        path = path.parent
+    elif path.is_file():
+        raise ValueError(f"--data {path}: name its folder. Its train.bin and val.bin are read.")
+    if not path.is_dir():
+        raise ValueError(f"--data {path}: no such file or folder.")
+    if (path / "train.bin").is_file():
+        return _from_bin(path)
+    if any(path.glob(SPEEDRUN_TRAIN)):
+        return _from_speedrun(path)
     return _from_folder(path)
 
 

@@ -11,7 +11,15 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from examples import language, optimizers, processes, program, results, training
+from examples import (
+    language,
+    measurements,
+    optimizers,
+    processes,
+    program,
+    results,
+    training,
+)
 from examples.recorder import Recorder
 from examples.text_data import Corpus
 from models.gpt import GPT
@@ -70,12 +78,12 @@ def train(
     """
     task = language.make_task(config, corpus)
     optimizer, learning_rate = optimizers.make(name, config, config.steps, task.numbers)
-    max_logits = program.max_logits(name, lambda tokens: tokens[:, :-1])
+    max_logits = measurements.max_logits(name, lambda tokens: tokens[:, :-1])
     graph, state, update = training.start(task.model, task.loss, optimizer, max_logits)
 
     of_model = functools.partial(training.of_model, graph, task.mesh)
-    observe = of_model(program.observe(name, lambda model: [model.blocks]))
-    measure = of_model(program.measure(task.loss))
+    observe = of_model(measurements.observe(name, lambda model: [model.blocks]))
+    measure = of_model(measurements.measure(task.loss))
     keep = of_model(snapshot) if snapshot else None
     validate = training.make_validate(
         graph, task.mesh, language.held_out(config, corpus), language.evaluate

@@ -11,7 +11,15 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from examples import optimizers, processes, program, results, training, vision
+from examples import (
+    measurements,
+    optimizers,
+    processes,
+    program,
+    results,
+    training,
+    vision,
+)
 from examples.image_data import Images
 from examples.recorder import Recorder
 from models.swin import Swin
@@ -74,12 +82,14 @@ def train(
     config = dataclasses.replace(config, steps=vision.num_steps(config, images), epochs=None)
     task = vision.make_task(config, images)
     optimizer, learning_rate = optimizers.make(name, config, config.steps, task.numbers)
-    max_logits = program.max_logits(name, lambda batch: vision.normalize(images, batch["image"]))
+    max_logits = measurements.max_logits(
+        name, lambda batch: vision.normalize(images, batch["image"])
+    )
     graph, state, update = training.start(task.model, task.loss, optimizer, max_logits)
 
     of_model = functools.partial(training.of_model, graph, task.mesh)
-    observe = of_model(program.observe(name, vision.stacks))
-    measure = of_model(program.measure(task.loss))
+    observe = of_model(measurements.observe(name, vision.stacks))
+    measure = of_model(measurements.measure(task.loss))
     keep = of_model(snapshot) if snapshot else None
     validate = training.make_validate(
         graph,

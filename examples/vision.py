@@ -17,7 +17,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import models.swin
 import models.vit
-from examples import placement, program, training
+from examples import placement, program, run_folder, training
 from examples.image_data import (
     Augmentation,
     Images,
@@ -61,6 +61,8 @@ class Config(program.Config):
     data: Path | None = None
     """A folder with train/<class>/<image> and val/<class>/<image>, as ImageNet. By default,
     scikit-learn's handwritten digits."""
+    steps: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Updates."""
     epochs: int | None = None
     """Passes over the images, in place of --steps."""
     rand_augment: tuple[float, float] = (0.0, 0.0)
@@ -78,10 +80,10 @@ class Config(program.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.epochs is not None and self.steps != Config.steps:
+        if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                f"--steps {self.steps}: --epochs {self.epochs} says how long. Give one of them; "
-                "where the preset has epochs, --epochs None."
+                f"--steps {self.steps} --epochs {self.epochs}: give one of them, and None for the "
+                "other."
             )
 
 
@@ -147,13 +149,14 @@ def prepare(flags: Any) -> Images:
     images = load_images(flags.data, SIZES[flags.model].num_channels)
     flags.check_runs(num_steps(flags, images), flags.runs)
     program.make_mesh(flags)  # which checks the flag
-    program.begin(flags)
+    run_folder.begin(flags)
     return images
 
 
 def num_steps(config: Config, images: Images) -> int:
     """The updates of a run."""
     if config.epochs is None:
+        assert config.steps is not None
         return config.steps
     return max(1, config.epochs * len(images.train) // config.batch)
 

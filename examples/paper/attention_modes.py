@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from examples import plots, program
+from examples import plots, program, run_folder
 from weyl_optax.dynamics import CollapseMode, attention_entropy, collapse_mode, effective_rank
 
 
@@ -75,7 +75,7 @@ def draw(weights: dict[str, np.ndarray], tokens: np.ndarray) -> tuple[Figure, st
 
 def prepare(flags: Flags) -> dict[str, np.ndarray]:
     """The W of each mode."""
-    program.check_folder(flags.out)
+    run_folder.check_folder(flags.out)
     return make_weights(flags.seed)
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from examples import program, results, tables
-from examples.paper import nano
+from examples import program, results, run_folder, tables
+from examples.paper import nano, run_table
 from examples.paper.run_table import Line, RunTable
 
 Name = Literal["gpt", "gpt-wide", "gpt-widest", "vit", "swin"]
@@ -49,7 +49,8 @@ def prepare(flags: Flags) -> dict[str, nano.Nano]:
         ValueError: If a flag is out of range.
     """
     program.check_lists(flags, "models", "ranks", "steps", "learning_rates")
-    program.check_folder(flags.out)
+    run_folder.check_folder(flags.out)
+    run_table.read(flags.table)  # which checks it
     models = {name: nano.load(name) for name in flags.models}
     for run in runs(flags):
         for model in models.values():
@@ -73,7 +74,13 @@ def main(flags: Flags, models: dict[str, nano.Nano]) -> None:
     """Trains what the table has not, and shows it."""
     losses: dict[tuple[str, int, float], dict[int, list[float]]] = {}
     for name, model in models.items():
-        table = RunTable(flags.table, flags.out / ".locks", {"model": name, "tau": flags.tau})
+        common = {
+            "model": name,
+            "data": model.data.fingerprint,
+            "batch": model.config.batch,
+            "tau": flags.tau,
+        }
+        table = RunTable(flags.table, flags.out / ".locks", common)
         for run in runs(flags):
             line = table.get(run, lambda: train(model, flags.tau, run))  # noqa: B023
             row = losses.setdefault((name, run["steps"], run["learning_rate"]), {})

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from examples import optimizers, plots, program
-from examples.paper import comparison_tables, nano, problems
+from examples import optimizers, plots, program, run_folder
+from examples.paper import comparison_tables, nano, problems, run_table
 from examples.paper.comparison_tables import Tuned
 from examples.paper.problems import Problem
 from examples.paper.run_table import Line, RunTable
@@ -76,9 +76,8 @@ def prepare(flags: Flags) -> Problem:
         raise ValueError("--trials and --rounds must be at least 1, and --seeds at least 2.")
     if "qk_clip" in flags.runs:
         raise ValueError("--runs qk_clip: it needs the logits of attention. Leave it out.")
-    program.check_folder(flags.out)
-    if flags.table.is_dir():
-        raise ValueError(f"--table {flags.table} is a folder. Name a file.")
+    run_folder.check_folder(flags.out)
+    run_table.read(flags.table)  # which checks it
     changes = {"steps": flags.steps, "decay": flags.decay}
     if flags.batch is not None:
         changes["batch"] = flags.batch

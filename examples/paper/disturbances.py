@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from examples import optimizers, program, tables
-from examples.paper import compare, problems
+from examples.paper import compare, problems, run_table
 from examples.paper.comparison_tables import interval
 from examples.paper.run_table import Line, RunTable
 from examples.paper.search import Settings
@@ -60,6 +60,7 @@ def prepare(flags: Flags) -> dict[str, Settings]:
         out=flags.out,
         report=True,
     )
+    run_table.read(flags.table)  # which checks it
     runs = compare.Runs(of, compare.prepare(of))
     found = {name: search.best for name, search in compare.tune(runs, of).items()}
     if missing := [name for name in found if math.isinf(runs.losses(name)(found[name]))]:
@@ -135,7 +136,8 @@ class Disturbed:
         rates = jnp.roll(run.rates, -self._half)
         if "warmup" in settings:
             rates *= jnp.minimum(1.0, jnp.arange(len(rates)) / halved(settings)["warmup"])
-        state, *_ = run.train(run.start(state[0]), batches[self._half :], rates)
+        params = optimizers.evaluation_params(*state)
+        state, *_ = run.train(run.start(params), batches[self._half :], rates)
         return {"test_loss": self._trainer.evaluate(state, self._trainer.problem.test)}
 
     def another_text(self, name: str, settings: Settings, seed: int) -> Line:
@@ -158,7 +160,9 @@ class Disturbed:
 
 def halved(settings: Settings) -> Settings:
     """The settings for a run of half the length: of a warmup, the same share of it."""
-    return {key: value // 2 if key == "warmup" else value for key, value in settings.items()}
+    return {
+        key: max(1, value // 2) if key == "warmup" else value for key, value in settings.items()
+    }
 
 
 if __name__ == "__main__":

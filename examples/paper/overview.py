@@ -1,13 +1,13 @@
 """The picture on top of the README: what the bound does to four optimizers, and where it acts."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
 import tyro
 
 from examples import plots, program, recorder
+from examples.paper import run_table
 
 PAIRS = {"adamw": "adamw2", "radam": "radam_bound", "lion": "lion_bound", "muon": "muon_bound"}
 Curves = dict[str, dict[float, float]]  # by optimizer, loss over peak rate
@@ -21,20 +21,25 @@ class Flags:
     """The runs of the earlier comparison."""
     run: Path = Path("runs/train_gpt")
     """The folder of `python -m examples.train_gpt`."""
-    out: Path = Path("examples/pictures/overview.png")
-    """The picture."""
+    picture: Path = Path("examples/pictures/overview.png")
+    """Where to draw it."""
 
 
 def losses_by_rate(table: Path) -> Curves:
     """The validation loss of a GPT after 200 steps over the peak rate, on the first seed.
 
     All other settings are those of the best run.
+
+    Raises:
+        ValueError: If the table has no such run of an optimizer.
     """
-    lines = [json.loads(line) for line in table.read_text().splitlines()]
+    lines = run_table.read(table)
     of_all = {"model": "gpt", "data": None, "steps": 200, "seed": 0}
     curves: Curves = {}
     for name in (name for pair in PAIRS.items() for name in pair):
         runs = [x for x in lines if (of_all | {"optimizer": name}).items() <= x.items()]
+        if not runs:
+            raise ValueError(f"--table {table} has no run of {name}. Leave --table out.")
         best = min(runs, key=lambda x: x["val_loss"] or math.inf)["settings"]
         rates = {
             x["settings"]["learning_rate"]: x["val_loss"] or math.inf
@@ -53,7 +58,7 @@ def prepare(flags: Flags) -> Curves:
     """
     if not flags.table.is_file():
         raise ValueError(f"--table {flags.table} is no file.")
-    if not (flags.run / "metrics.jsonl").is_file():
+    if not recorder.read_metrics(flags.run, "adamw2"):
         raise ValueError(
             f"--run {flags.run} has no run of AdamW². Make one: python -m examples.train_gpt "
             f"--runs adamw2 --out {flags.run}"
@@ -64,7 +69,7 @@ def prepare(flags: Flags) -> Curves:
 def main(flags: Flags, curves: Curves) -> None:
     """Draws the picture."""
     lines = recorder.read_metrics(flags.run, "adamw2")
-    print(plots.save(plots.overview(PAIRS, curves, lines), flags.out))
+    print(plots.save(plots.overview(PAIRS, curves, lines), flags.picture))
 
 
 if __name__ == "__main__":

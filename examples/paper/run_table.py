@@ -11,6 +11,30 @@ from filelock import FileLock
 Line = dict[str, Any]
 
 
+def read(path: Path) -> list[Line]:
+    """The lines of a table that are whole; none where there is no table yet.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if path.is_dir():
+        raise ValueError(f"--table {path} is a folder. Name a file.")
+    parts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = []
+    for part in filter(None, parts):
+        try:
+            line = json.loads(part)
+        except ValueError:
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        else:
+            print(f"{path}: a damaged line is left out: {part[:40]}")
+    if any(parts) and not lines:
+        raise ValueError(f"--table {path} is no table of runs. Name another file.")
+    return lines
+
+
 class RunTable:
     """The lines of a table that have something in common.
 
@@ -44,15 +68,7 @@ class RunTable:
             return self.find(run) or self._add(run | train())
 
     def _read(self) -> list[Line]:
-        """The lines that are whole, and have what is in common."""
-        text = self._path.read_text(errors="replace") if self._path.exists() else ""
-        lines = []
-        for part in filter(None, text.splitlines()):
-            try:
-                lines.append(json.loads(part))
-            except ValueError:
-                print(f"{self._path}: a damaged line is left out: {part[:40]}")
-        return [line for line in lines if self._common.items() <= line.items()]
+        return [line for line in read(self._path) if self._common.items() <= line.items()]
 
     def _add(self, line: Line) -> Line:
         line = self._common | line

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import tyro
 
-from examples import optimizers, plots, program, recorder, results, tables
+from examples import optimizers, plots, program, recorder, results, run_folder, tables
 from examples.paper import nano
 
 
@@ -46,7 +46,7 @@ def prepare(flags: Flags) -> dict[str, nano.Nano]:
         for tau in flags.taus:
             dataclasses.replace(config, tau=tau)  # which checks it
         tasks[name] = model._replace(config=config)
-    program.begin(flags)
+    run_folder.begin(flags)
     return tasks
 
 

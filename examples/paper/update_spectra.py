@@ -11,7 +11,7 @@ import optax
 import tyro
 from matplotlib.figure import Figure
 
-from examples import optimizers, plots, program, tables
+from examples import optimizers, plots, program, run_folder, tables
 from examples.paper import problems
 from examples.paper.problems import Problem
 from examples.paper.trainer import Trainer
@@ -42,7 +42,7 @@ def prepare(flags: Flags) -> Problem:
     Raises:
         ValueError: If a flag is out of range.
     """
-    program.check_folder(flags.out)
+    run_folder.check_folder(flags.out)
     if flags.steps < 2:
         raise ValueError("--steps must be at least 2.")
     chosen = dataclasses.asdict(flags)

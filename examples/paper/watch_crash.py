@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from examples import language, program, vision
+from examples import language, program, run_folder, vision
 from examples.paper import crash_page, nano
 from models import layers
 from weyl_optax.dynamics import (
@@ -94,7 +94,7 @@ def prepare(flags: Flags) -> Experiment:
     else:
         batch = next(iter(vision.validation_batches(data, 8, len(data.validation), workers=1)))
         inputs, targets = vision.normalize(data, batch["image"][:8]), batch["label"]
-    program.begin(flags)
+    run_folder.begin(flags)
     name = {"gpt": "GPT on Python's source text", "vit": "ViT on handwritten digits"}[flags.model]
     entropy = float(scipy.stats.entropy(np.bincount(targets)))
     return Experiment(name, model._replace(config=config), jnp.asarray(inputs), entropy)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from examples import language, program, recorder, train_gpt
+from examples import language, program, recorder, run_folder, train_gpt
 from examples.checkpoints import Checkpoints, Damaged
 
 FLAGS = (
@@ -132,8 +132,20 @@ def test_a_folder_without_its_config_is_not_begun_anew(tmp_path, left, flags):
 def test_a_folder_in_which_nothing_was_trained_may_be_begun_anew(tmp_path):
     for seed in ("1", "2"):
         flags = train_gpt.parse([*FLAGS, "--out", str(tmp_path), "--seed", seed])
-        program.begin(flags)
+        run_folder.begin(flags)
         assert json.loads((tmp_path / "config.json").read_text())["seed"] == int(seed)
+
+
+def test_the_flags_that_an_error_names_are_flags(tmp_path):
+    def flags(out, *more):
+        return train_gpt.parse([*FLAGS, "--out", str(tmp_path / out), *more])
+
+    run_folder.begin(flags("a", "--runs", "adamw", "adamw2", "--no-bias", "--mesh", "data=1"))
+    with pytest.raises(ValueError, match="was begun with other flags") as raised:
+        run_folder.begin(flags("a", "--resume"))
+    named = str(raised.value).split("Give ")[1].split(", or another")[0].split()
+    assert "--no-bias" in named
+    run_folder.begin(flags("a", "--resume", *named))
 
 
 def flip(file):

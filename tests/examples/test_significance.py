@@ -60,6 +60,7 @@ def test_reads_folders_and_names_the_first_step_that_passes(tmp_path, capsys):
         lines += [{"run": "adamw", "step": 10, "loss": 3.0}]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / "metrics.jsonl").write_text(text)
+        (folder / "config.json").write_text(json.dumps({"seed": seed, "tau": 0.1}))
         folders.append(folder)
     significance.main(significance.Flags(tuple(folders)))
     out = capsys.readouterr().out
@@ -67,3 +68,16 @@ def test_reads_folders_and_names_the_first_step_that_passes(tmp_path, capsys):
     assert [line.split()[0] for line in out.splitlines()[1:5]] == ["10", "20", "30", "40"]
     with pytest.raises(SystemExit, match="has no validation of adamw"):
         significance.main(significance.Flags(tuple(folders), run="adamw"))
+    with pytest.raises(SystemExit, match=r"both have --seed 1\. Give each run once"):
+        significance.main(significance.Flags((*folders, folders[1])))
+    (folders[2] / "config.json").write_text(json.dumps({"seed": 2, "tau": 0.3}))
+    with pytest.raises(SystemExit, match="differ in tau"):
+        significance.main(significance.Flags(tuple(folders)))
+
+
+def test_a_run_that_diverged_is_above_every_target(tmp_path):
+    line = {"run": "adamw2", "step": 10, "loss": 3.0, "val_loss": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({"seed": 0}))
+    (row,) = significance.test(significance.read((tmp_path,), "adamw2"), 3.28)
+    assert (row.mean, row.z_test, row.passes) == (np.inf, 1.0, False)

@@ -1,5 +1,6 @@
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,6 +54,18 @@ def test_nanogpt_tokens_are_mapped_not_read(tmp_path):
         assert (corpus.vocab_size, corpus.is_text) == (50257, False)
         np.testing.assert_array_equal(corpus.train, np.arange(1000))
         np.testing.assert_array_equal(corpus.validation, np.arange(50))
+
+
+def test_a_file_of_tokens_is_not_another_that_lies_beside_it(tmp_path):
+    for name in ("train.bin", "val.bin", "mine.bin"):
+        np.arange(1000, dtype=np.uint16).tofile(tmp_path / name)
+    with pytest.raises(ValueError, match=r"mine\.bin: name its folder\. Its train\.bin and"):
+        load_corpus(tmp_path / "mine.bin")
+
+
+def test_what_is_neither_file_nor_folder():
+    with pytest.raises(ValueError, match="--data /dev/null: no such file or folder"):
+        load_corpus(Path("/dev/null"))
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])

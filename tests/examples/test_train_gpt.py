@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
-from examples import language, optimizers, program, recorder, train_gpt, training
+from examples import language, measurements, optimizers, program, recorder, train_gpt, training
 from examples.text_data import load_corpus
 from models import layers
 
@@ -259,6 +259,10 @@ def test_presets_are_the_defaults_of_the_other_flags():
         (["--tau", "-1"], "--tau -1.0: it must be at least 0"),
         (["--b2", "1.0"], "at least 0, and below 1"),
         (["--model", "llama-nano", "--dropout", "0.1"], "--dropout and --watch are of a GPT"),
+        (
+            ["--model", "llama-nano-qk-norm", "--runs", "qk_clip"],
+            "--runs qk_clip: llama-nano-qk-norm norms its queries and keys",
+        ),
         (["--preset", "gpt3"], "invalid choice 'gpt3'"),
         (["--data", "absent"], "no such file or folder"),
         (["--resume"], "has no run"),
@@ -324,7 +328,7 @@ def test_qk_clip_sees_the_logits_of_the_whole_batch():
     batch = training.next_batch(task, config.accumulate)
     inputs = batch.reshape(4, 17)[:, :-1]
     before = layers.largest_logits(task.model, inputs)
-    max_logits = program.max_logits("qk_clip", lambda tokens: tokens[:, :-1])
+    max_logits = measurements.max_logits("qk_clip", lambda tokens: tokens[:, :-1])
     graph, state, update = training.start(task.model, task.loss, optimizer, max_logits)
     state, _ = update(state, batch)
     # In the first block, which sees the same as before.

@@ -70,7 +70,7 @@ def test_the_accuracy_is_the_share_of_the_digits_that_are_right(tmp_path, name):
 def test_an_image_folder_trains_and_resumes_to_the_same_numbers(image_folder, tmp_path, capsys):
     flags = (
         *("--data", str(image_folder), "--runs", "adamw", "--workers", "1", "--epochs", "4"),
-        *("--steps", str(vision.Config.steps)),  # its default, in place of that of SMALL
+        *("--steps", "None"),
         *("--validate-every", "100"),
         *("--rand-augment", "9", "0.5", "--random-erasing", "0.25", "--mixup", "0.8"),
         *("--cutmix", "1.0", "--label-smoothing", "0.1", "--stochastic-depth", "0.1"),
@@ -164,7 +164,9 @@ def test_presets_are_the_recipes_of_the_papers():
         (["--model", "vit-base"], "the digits are 8 x 8 in gray"),
         (["--data", "absent"], "no folder absent"),
         (["--epochs", "0"], "--epochs 0: it must be at least 1"),
-        (["--epochs", "1", "--steps", "9"], "--steps 9: --epochs 1 says how long. Give one"),
+        (["--epochs", "1", "--steps", "9"], "--steps 9 --epochs 1: give one of them, and None"),
+        (["--preset", "vit-base", "--steps", "200"], "--steps 200 --epochs 150: give one"),
+        (["--steps", "None"], "--steps None --epochs None: give one of them"),
         (["--workers", "1000000"], "it must be at least 1, and at most 1000."),
         (["--mixup", "-1"], "--mixup -1.0: it must be at least 0"),
         (["--stochastic-depth", "1"], "at least 0, and below 1"),

@@ -58,6 +58,11 @@ def test_a_restart_has_a_fresh_state_and_the_rates_go_on(disturbed):
         assert line["test_loss"][1] == "test"
 
 
+def test_half_of_a_warmup_of_one_step_is_one_step(disturbed):
+    disturbed.restart("adamw", {"learning_rate": 1.0, "warmup": 1}, 3)
+    np.testing.assert_allclose(disturbed.calls[-1][3][:4], [0, 21, 22, 23])
+
+
 def test_garbage_is_ten_batches_in_the_middle(disturbed):
     disturbed.garbage("adamw", {"learning_rate": 1.0}, 3)
     batches = disturbed.calls[-1][2]
