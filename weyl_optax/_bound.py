@@ -153,8 +153,9 @@ def scale_by_weyl_bound(
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
-        params. A zero update stays zero, and ``None`` stays ``None``. An update with NaN or
-        inf comes out with NaN, and leaves no trace in the block vectors of its matrix. A
+        params. A zero update stays zero, and ``None`` stays ``None``. Where an update has NaN or
+        inf, that entry comes out as NaN and the rest of its matrix as zero, and nothing of it
+        stays in the block vectors. A
         sharded weight is bounded as a whole and stays sharded; inside
         :func:`jax.shard_map`, each shard is a matrix of its own. It can be differentiated once,
         in forward and reverse mode, except with a cap. A capped update keeps what the vectors have
