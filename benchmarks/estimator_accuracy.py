@@ -19,6 +19,7 @@ from benchmarks import adversarial, measure, peers
 from examples import program, training
 from examples.optimizers import is_decayed, is_hidden_kernel
 from examples.paper import nano
+from examples.rivals import is_numbers
 from weyl_optax import bound_metrics, scale_by_weyl_bound
 
 PHASES = {
@@ -133,7 +134,7 @@ def decay(path: str, weights: Arrays, config: program.Config) -> np.ndarray:
 
 def matrices(tree: Any, numbers: Any) -> Arrays:
     """The leaves as (batch, m, n), by path, without the vectors, whose norms are exact."""
-    entries = jax.tree.leaves(numbers, is_leaf=peers.is_numbers)
+    entries = jax.tree.leaves(numbers, is_leaf=is_numbers)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(
             peers.as_matrices(leaf, entry)

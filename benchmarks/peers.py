@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from examples.rivals import is_numbers
 from upstream.optax import _weyl_bound
 from weyl_optax import adamw2
 from weyl_optax.contrib import rotate, soft_spectral_clip
@@ -19,11 +20,6 @@ BASE = "optax.adamw"
 OURS = "adamw2"
 
 Norms = Callable[[jax.Array], jax.Array]  # (batch, m, n) -> (batch,)
-
-
-def is_numbers(x: Any) -> bool:
-    """Whether it says how one leaf is read."""
-    return isinstance(x, MuonDimensionNumbers)
 
 
 def as_matrices(x: jax.Array, numbers: MuonDimensionNumbers) -> jax.Array:

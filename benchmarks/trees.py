@@ -12,6 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 import models.gpt
 import models.vit
 from examples import language, vision
+from examples.rivals import is_numbers
 
 
 class Tree(NamedTuple):
@@ -95,11 +96,7 @@ def unstacked(tree: Tree) -> Tree:
         return MuonDimensionNumbers(reduction, output)
 
     shapes = jax.tree.map(layer, tree.shapes["blocks"])
-    numbers = jax.tree.map(
-        without_layers,
-        tree.numbers["blocks"],
-        is_leaf=lambda x: isinstance(x, MuonDimensionNumbers),
-    )
+    numbers = jax.tree.map(without_layers, tree.numbers["blocks"], is_leaf=is_numbers)
     return Tree(
         tree.shapes | {"blocks": {str(i): shapes for i in range(depth)}},
         tree.numbers | {"blocks": {str(i): numbers for i in range(depth)}},

@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers
 
 from examples import rivals
+from examples.rivals import is_numbers
 from weyl_optax import adamw2, by_unit, scale_by_weyl_bound
 from weyl_optax.contrib import (
     gi_adamw,
@@ -317,7 +317,7 @@ def _scion(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTra
     return rivals.scion(
         rate,
         numbers,
-        is_hidden_kernel(numbers, _is_numbers),
+        is_hidden_kernel(numbers, is_numbers),
         b1=s.b1,
         weight_decay=s.weight_decay,
         mask=is_decayed,
@@ -329,7 +329,7 @@ def _normuon(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientT
     return rivals.normuon(
         rate,
         numbers,
-        is_hidden_kernel(numbers, _is_numbers),
+        is_hidden_kernel(numbers, is_numbers),
         optax.adamw(lambda count: s.adam_share * rate(count), **_adam(s)),
         weight_decay=s.weight_decay,
         mask=is_decayed,
@@ -341,12 +341,8 @@ def _hidden_kernels(numbers: Any) -> Any:
 
     Neither embeddings nor the classifier are hidden.
     """
-    hidden = is_hidden_kernel(numbers, _is_numbers)
-    return jax.tree.map(lambda x, kept: x if kept else None, numbers, hidden, is_leaf=_is_numbers)
-
-
-def _is_numbers(x: Any) -> bool:
-    return isinstance(x, MuonDimensionNumbers)
+    hidden = is_hidden_kernel(numbers, is_numbers)
+    return jax.tree.map(lambda x, kept: x if kept else None, numbers, hidden, is_leaf=is_numbers)
 
 
 _TAU = {"tau": (0.02, 0.5)}

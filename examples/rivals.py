@@ -69,7 +69,7 @@ def scion(
         ),
     }
     return optax.chain(
-        optax.partition(steps, jax.tree.map(label, numbers, hidden, is_leaf=_is_numbers)),
+        optax.partition(steps, jax.tree.map(label, numbers, hidden, is_leaf=is_numbers)),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -150,7 +150,7 @@ def _of_matrices(
     """A function of every hidden kernel's update."""
     only = _only(numbers, hidden)
     return optax.stateless(
-        lambda updates, _: jax.tree.map(function, only, updates, is_leaf=_is_numbers)
+        lambda updates, _: jax.tree.map(function, only, updates, is_leaf=is_numbers)
     )
 
 
@@ -160,11 +160,12 @@ def _only(numbers: Any, hidden: Any) -> Any:
         lambda n, is_hidden: n if is_hidden else optax.MaskedNode(),
         numbers,
         hidden,
-        is_leaf=_is_numbers,
+        is_leaf=is_numbers,
     )
 
 
-def _is_numbers(x: Any) -> bool:
+def is_numbers(x: Any) -> bool:
+    """Whether it says how one leaf is read."""
     return isinstance(x, MuonDimensionNumbers)
 
 

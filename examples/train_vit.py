@@ -117,7 +117,7 @@ def train(
                 metrics = {
                     "loss": float(loss),
                     "learning_rate": float(learning_rate(step - 1)),
-                    **recorder.speed(step),
+                    **({} if watched else recorder.speed(step)),  # of updates alone
                     **(observe(state, state["opt_state"]) if norms else {}),
                     **watched,
                 }

@@ -1,4 +1,4 @@
-"""GPT-2 as nanoGPT builds it.
+"""GPT-2, initialized as in nanoGPT.
 
 Pre-norm blocks, learned positions, GELU, and a head tied to the token embedding.
 The blocks are stacked and scanned over: one is compiled, whatever the depth, and

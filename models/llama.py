@@ -23,7 +23,7 @@ class Config:
 
     vocab_size: int = 32000
     context_length: int = 2048  # the longest sequence
-    num_layers: int = 12
+    num_layers: int = 12  # by default, of the depth and width of GPT-2 small
     num_heads: int = 12
     width: int = 768
     inner_width: int = 2048  # of the perceptron, usually 8/3 of the width
@@ -44,16 +44,7 @@ _NANO = Config(
     remat=True,
 )
 
-# Of the width and depth of GPT-2 small.
-_SMALL = Config(
-    vocab_size=50304,
-    context_length=1024,
-    num_layers=12,
-    num_heads=12,
-    width=768,
-    inner_width=2048,
-    remat=True,
-)
+_SMALL = Config(context_length=1024, remat=True)
 
 CONFIGS = {
     "llama-nano": _NANO,
@@ -95,7 +86,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         D = config.width
-        # A layer that ends a residual branch starts smaller, by the number of branches.
+        # As in GPT-2, a layer that ends a residual branch starts smaller, by their number.
         smaller = nnx.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
         linear = _linear(config, rngs)
         last = functools.partial(linear, kernel_init=smaller)

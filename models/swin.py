@@ -3,7 +3,8 @@
 A pyramid of stages. In a stage, attention stays within windows of the grid of tokens, and
 every other block shifts the windows. Between stages, each 2 x 2 tokens become one, twice
 as wide. Flatten-Swin takes focused linear attention over the whole grid in its first
-stages. The blocks of a stage are stacked and scanned over, as in `models/gpt.py`.
+stages. Weights are drawn from N(0, 0.02²), not truncated. The blocks of a stage are stacked
+and scanned over, as in `models/gpt.py`.
 
 Shapes: B batch, R rows, C columns, W windows, T tokens, D width, N heads, H head dimension.
 """

@@ -1,6 +1,7 @@
 """Compare optimizers by the protocol of docs/comparison.md."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -148,7 +149,7 @@ class Runs:
     """The runs of one problem: those in the table, and those to come."""
 
     def __init__(self, flags: Flags, problem: Problem):
-        self._is_report, self._trainer = flags.report, Trainer(problem)
+        self._is_report, self._problem = flags.report, problem
         common = {
             "model": flags.model,
             "data": problem.data,
@@ -174,14 +175,18 @@ class Runs:
             return self._table.find(run)
         return self._table.get(run, lambda: self._result(**run))
 
+    @functools.cached_property
+    def _trainer(self) -> Trainer:
+        return Trainer(self._problem)
+
     def _result(self, optimizer: str, seed: int, settings: Settings, **_: Any) -> Line:
         """What a run adds to its line, with None for what is not finite."""
         run = self._trainer.run(optimizer, settings)
         start, batches = run.start(self._trainer.params(seed)), self._trainer.batches(seed)
         state, losses, seconds = run.train(start, batches)
         return {
-            "val_loss": self._trainer.evaluate(state, self._trainer.problem.validation),
-            "test_loss": self._trainer.evaluate(state, self._trainer.problem.test),
+            "val_loss": self._trainer.evaluate(state, self._problem.validation),
+            "test_loss": self._trainer.evaluate(state, self._problem.test),
             "train_losses": [finite(np.mean(part)) for part in np.array_split(losses, POINTS)],
             "cpu_seconds": round(seconds, 2),
         }
