@@ -49,7 +49,7 @@ RANGES = {
     **dict.fromkeys(("b1", "b2", "dropout", "stochastic_depth"), SHARE),
     **dict.fromkeys(("random_erasing", "label_smoothing"), SHARE),
     "seed": Range(0, 2**32 - 1),
-    "cap_rank": COUNT,
+    "cap_rank": Range(2, 10**6),
     "workers": Range(1, 1000),
 }
 

@@ -27,7 +27,7 @@ def adamw2(
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
     cap_rank: int | None = None,
-    cap_mask: Any = True,
+    cap_mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW², which trains Transformers without learning rate warmup.
 

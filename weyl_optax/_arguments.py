@@ -24,6 +24,12 @@ def check_above(name: str, value: Any, bound: float) -> None:
         raise ValueError(f"{name} must be above {bound}, got {value}.")
 
 
+def check_below(name: str, value: Any, bound: float) -> None:
+    """Checks a Python number."""
+    if _is_number(value) and not float(value) < bound:
+        raise ValueError(f"{name} must be below {bound}, got {value}.")
+
+
 def check_in(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Checks that it is one of the choices."""
     if value not in choices:

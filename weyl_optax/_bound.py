@@ -51,7 +51,7 @@ def scale_by_weyl_bound(
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
     num_iters: jax.typing.ArrayLike = 1,
     cap_rank: int | None = None,
-    cap_mask: Any = True,
+    cap_mask: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bound how fast the spectral norm of every weight matrix may grow.
 
@@ -141,7 +141,7 @@ def scale_by_weyl_bound(
             vector, with a cap four, is drawn afresh each time, to see parts of a matrix that are
             no longer zero. The first update, which has no such start, takes 16 more. The norm of a
             matrix with a side of at most 16 is always exact.
-        cap_rank: How many singular values of an update to lower, :math:`k`; at most
+        cap_rank: How many singular values of an update to lower, :math:`k \ge 2`; at most
             :math:`n / 2` for a matrix with a shorter side of :math:`n`, and none for vectors and
             for matrices with a side of at most 16. By default none. A quarter of :math:`n` is a
             good choice for a short run, half of it for a long one. A capped update is small in
@@ -196,9 +196,9 @@ def scale_by_weyl_bound(
     check_at_least("max_std", max_std, 0)
     check_at_least("num_iters", num_iters, 1)
     check_in("growth", growth, get_args(Growth))
-    if cap_rank is not None and not (type(cap_rank) is int and cap_rank >= 1):
+    if cap_rank is not None and not (type(cap_rank) is int and cap_rank >= 2):
         raise ValueError(
-            f"cap_rank must be None or a Python int of at least 1, got {cap_rank!r}: the state's "
+            f"cap_rank must be None or a Python int of at least 2, got {cap_rank!r}: the state's "
             "shape depends on it. Within optax.inject_hyperparams, write "
             'static_args=("cap_rank", "cap_mask").'
         )
@@ -210,7 +210,11 @@ def scale_by_weyl_bound(
             return [0] * len(leaves.specs)
         mask = cap_mask(params) if is_function(cap_mask) else cap_mask
         spread = lambda is_capped, part: jax.tree.map(lambda _: is_capped, part)  # noqa: E731
-        is_capped = leaves.of_each_part(jax.tree.map(spread, mask, params))
+        try:
+            masks = jax.tree.map(spread, True if mask is None else mask, params)
+        except ValueError as error:
+            raise ValueError(f"cap_mask does not fit the params: {error}") from None
+        is_capped = leaves.of_each_part(masks)
         return [
             iteration.rank_of(spec, cap_rank) if capped else 0
             for spec, capped in zip(leaves.specs, is_capped, strict=True)
@@ -346,7 +350,8 @@ def _scale(
     # NaN is not <= anything. A matrix with an entry that is not finite takes no step, and that
     # entry stays not finite.
     is_bounded = ~(wanted <= allowed)
-    factor = jnp.where(jnp.isfinite(wanted), allowed / jnp.where(is_bounded, wanted, 1), 0)
+    is_finite = jnp.isfinite(wanted) & jnp.isfinite(allowed)
+    factor = jnp.where(is_finite, allowed / jnp.where(is_bounded, wanted, 1), 0)
     return jnp.where(is_bounded, factor, 1)
 
 

@@ -67,7 +67,7 @@ def runs(flags: Flags) -> list[dict[str, Any]]:
 
 def config_of(model: nano.Nano, tau: float, rank: int, **run: Any) -> program.Config:
     """How a run is trained."""
-    return dataclasses.replace(model.config, tau=tau, cap_rank=rank or 1, **run)
+    return dataclasses.replace(model.config, tau=tau, cap_rank=rank or 2, **run)
 
 
 def main(flags: Flags, models: dict[str, nano.Nano]) -> None:

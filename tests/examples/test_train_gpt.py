@@ -249,7 +249,7 @@ def test_presets_are_the_defaults_of_the_other_flags():
         (["--seed", "99999999999999999999999"], "it must be at least 0, and at most 4294967295"),
         (["--max-norm", "0"], "--max-norm 0.0: it must be above 0, and at most"),
         (["--max-logit", "0"], "--max-logit 0.0: it must be above 0"),
-        (["--cap-rank", "0"], "--cap-rank 0: it must be at least 1"),
+        (["--cap-rank", "0"], "--cap-rank 0: it must be at least 2"),
         (["--validation-batches", "1000000000"], "at least 1, and at most 1000000."),
         (["--batch", "1000000000"], "--batch 1000000000: it must be"),
         (["--learning-rate", "1e39"], "--learning-rate 1e+39: it must be at least 0, and at most"),

@@ -3,11 +3,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
 import weyl_optax
-from weyl_optax import scale_by_weyl_bound
+from weyl_optax import adamw2, scale_by_weyl_bound
 
 rule_1 = functools.partial(scale_by_weyl_bound, growth="exponential")
 
@@ -68,6 +69,19 @@ def test_weight_decay_is_added_after_the_measurement_and_scaled_alike():
     bounded, _ = solver.update(updates, solver.init(params), params)
     np.testing.assert_allclose(bounded["w"], 0.005 * (4 + 0.5 * 2) * np.eye(3), rtol=1e-6)
     np.testing.assert_allclose(bounded["b"], 0.03 * np.ones(4), rtol=1e-6)
+
+
+def test_weight_decay_reaches_what_is_not_bounded():
+    params = {"w": jnp.eye(3), "b": jnp.ones(4), "masked": jnp.ones(4)}
+    numbers = {"w": MuonDimensionNumbers(0, 1), "b": None, "masked": None}
+    mask = {"w": True, "b": True, "masked": False}
+    ours = adamw2(0.1, weight_decay=0.5, mask=mask, weight_dimension_numbers=numbers)
+    peer = optax.adamw(0.1, weight_decay=0.5, mask=mask)
+    grads = jax.tree.map(lambda x: 0.1 * x, params)
+    (found, _), (expected, _) = (x.update(grads, x.init(params), params) for x in (ours, peer))
+    for name in ("b", "masked"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
+    assert not np.allclose(found["b"], found["masked"])
 
 
 def test_weight_decay_may_be_a_schedule():
@@ -166,6 +180,14 @@ def test_a_step_that_is_not_finite_is_seen_and_then_forgotten(bad, at):
     bounded, state = solver.update(good, state, params)
     np.testing.assert_allclose(exact(bounded["w"]), 0.01 * exact(params["w"]), rtol=1e-4)
     np.testing.assert_allclose(bounded["b"], 0.01 * np.ones(5), rtol=1e-6)
+
+
+def test_a_weight_that_is_not_finite_takes_no_step():
+    params = {"w": normal(0, (32, 24)).at[3, 4].set(jnp.nan), "b": jnp.ones(5).at[0].set(jnp.inf)}
+    updates = {"w": normal(1, (32, 24)), "b": jnp.ones(5)}
+    solver = scale_by_weyl_bound()
+    bounded, _ = solver.update(updates, solver.init(params), params)
+    np.testing.assert_array_equal(bounded["w"], np.zeros((32, 24)))
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])

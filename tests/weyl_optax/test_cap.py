@@ -173,9 +173,9 @@ def test_under_inject_hyperparams():
         optax.inject_hyperparams(adamw2)(0.1, cap_rank=4).init(params)
 
 
-@pytest.mark.parametrize("rank", [0, -1, 2.5, True])
+@pytest.mark.parametrize("rank", [0, 1, -1, 2.5, True])
 def test_a_wrong_rank(rank):
-    with pytest.raises(ValueError, match="cap_rank must be None or a Python int of at least 1"):
+    with pytest.raises(ValueError, match="cap_rank must be None or a Python int of at least 2"):
         scale_by_weyl_bound(cap_rank=rank)
 
 
@@ -186,6 +186,10 @@ def test_a_mask_is_a_tree_a_prefix_or_a_function():
         state = scale_by_weyl_bound(cap_rank=4, cap_mask=mask).init(params)
         sizes = jax.tree.map(lambda x: x.shape[0], state.update_block)
         assert sizes == {"a": {"w": 12, "v": 12}, "b": 8}
+    all_of_them = scale_by_weyl_bound(cap_rank=4).init(params)
+    assert {x.shape[0] for x in jax.tree.leaves(all_of_them.update_block)} == {12}
+    with pytest.raises(ValueError, match="cap_mask does not fit the params"):
+        scale_by_weyl_bound(cap_rank=4, cap_mask={"a": True}).init(params)
 
 
 def test_a_derivative_is_an_error_and_not_a_wrong_number():

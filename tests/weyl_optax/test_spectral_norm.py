@@ -148,6 +148,14 @@ def test_the_small_problems_of_all_layers_are_solved_at_once(platform):
     assert program.count("tensor<10x9x9xf32>") > 0
 
 
+def test_a_norm_that_the_dtype_has_not_is_infinite_and_takes_no_step():
+    u = 3e37 * np.sign(np.random.default_rng(0).normal(size=(17, 300))).astype(np.float32)
+    assert np.isinf(spectral_norm(u))  # 2e39
+    params = jnp.ones((17, 300))
+    bounded, _ = scale_by_weyl_bound().update(u, scale_by_weyl_bound().init(params), params)
+    np.testing.assert_array_equal(bounded, np.zeros_like(u))
+
+
 def test_layers_apart_have_the_norms_of_their_own_matrices():
     rng = np.random.default_rng(0)
     layers = {

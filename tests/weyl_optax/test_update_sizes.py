@@ -22,7 +22,7 @@ AXES = {
 
 
 @pytest.mark.parametrize("per", AXES)
-@pytest.mark.parametrize("size", [1e-4, 1.0])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e25])
 def test_update_sizes_are_those_of_the_definition(per, size):
     rng = np.random.default_rng(0)
     params, updates = (
@@ -45,6 +45,15 @@ def test_update_sizes_are_those_of_the_definition(per, size):
         chord = new / np.expand_dims(norm(new), axes) - w / np.expand_dims(norm(w), axes)
         angle = 2 * np.arcsin(norm(chord) / 2)
         np.testing.assert_allclose(found[f"{name}/angle"], angle, rtol=1e-4)
+
+
+def test_the_angle_of_a_step_that_rounding_would_hide():
+    w, u = (np.random.default_rng(i).normal(size=(5, 3)) for i in range(2))
+    found = update_sizes({"w": np.float32(1e-25 * u)}, {"w": np.float32(w)})
+    across = u - np.sum(u * w) / np.sum(w * w) * w
+    np.testing.assert_allclose(found["w/l2"], 1e-25 * np.linalg.norm(u), rtol=1e-5)
+    expected = 1e-25 * np.linalg.norm(across) / np.linalg.norm(w)
+    np.testing.assert_allclose(found["w/angle"], expected, rtol=1e-5)
 
 
 def test_a_weight_of_zeros_has_no_angle_and_a_reversed_one_a_half_turn():

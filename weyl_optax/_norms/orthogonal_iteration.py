@@ -401,7 +401,9 @@ def _rotate(
         left = _mix(a, labels, labels.image, pulled.q, p[..., :rank])
         size = jnp.expand_dims(image.size, tuple(range(image.size.ndim, left.ndim)))
         left = left * size.astype(left.dtype)
-    return image.size[..., None] * jnp.sqrt(squares), block, left
+    sigmas = image.size[..., None] * jnp.sqrt(squares)
+    is_too_large = (image.size > 0)[..., None] & (squares[..., :1] == 0)  # for the dtype
+    return jnp.where(is_too_large, jnp.inf, sigmas), block, left
 
 
 def _is_found(squares: jax.Array) -> jax.Array:

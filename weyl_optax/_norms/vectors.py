@@ -10,7 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax._arguments import check_in
-from weyl_optax._norms.orthogonal_iteration import compute_dtype
+from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
 from weyl_optax._reading.specification import (
     DimensionNumbers,
     MatrixSpec,
@@ -63,15 +63,25 @@ def inner(x: jax.Array, y: jax.Array, spec: MatrixSpec) -> jax.Array:
 
 def length(x: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The 2-norms of the vectors, shape (*batch), in float32 at least."""
-    return jnp.sqrt(inner(x, x, spec))
+    x, size = scaled_to_one(x.astype(compute_dtype(x)), spec.matrix_axes)
+    return size * jnp.sqrt(inner(x, x, spec))
+
+
+def radial(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
+    """How long `u` is along the vectors of `w`, shape (*batch); zero, where these are zero."""
+    (u, size), (w, _) = (
+        scaled_to_one(x.astype(compute_dtype(x)), spec.matrix_axes) for x in (u, w)
+    )
+    square = inner(w, w, spec)
+    return size * inner(w, u, spec) / jnp.sqrt(jnp.where(square > 0, square, 1))
 
 
 def tangent(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The part of `u` orthogonal to the vectors of `w`; all of it, where these are zero."""
-    u, w = (x.astype(compute_dtype(x)) for x in (u, w))
+    w, _ = scaled_to_one(w.astype(compute_dtype(w)), spec.matrix_axes)
     square = inner(w, w, spec)
-    radial = inner(w, u, spec) / jnp.where(square > 0, square, 1)
-    return u - times(radial, w, spec)
+    along = radial(u, w, spec) / jnp.sqrt(jnp.where(square > 0, square, 1))
+    return u.astype(compute_dtype(u)) - times(along, w, spec)
 
 
 def times(factor: jax.Array, x: jax.Array, spec: MatrixSpec) -> jax.Array:

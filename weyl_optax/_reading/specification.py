@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from numpy.lib.array_utils import normalize_axis_tuple
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax import _sharding as sharding
@@ -264,15 +265,14 @@ class BoundedLeaves:
         return [unbox(leaves[i]) for i, spec in self._specs.items() for _ in spec.parts]
 
     def times(self, factors: Sequence[jax.Array], tree: Any, like: Any) -> Any:
-        """The tree `like`, with each matrix of `tree` times a factor in its place."""
-        leaves, given = map(self._treedef.flatten_up_to, (like, tree))
+        """The tree with each matrix times a factor, in the dtype of the one in the tree `like`."""
+        leaves, likes = map(self._treedef.flatten_up_to, (tree, like))
         remaining = iter(factors)
         for i, spec in self._specs.items():
-            a = jnp.asarray(unbox(given[i]))
+            a = jnp.asarray(unbox(leaves[i]))
             factor = spec.spread([next(remaining) for _ in spec.parts], a)
-            scaled = factor.astype(a.dtype) * a
-            dtype = jnp.result_type(unbox(leaves[i]))
-            leaves[i] = replace_boxed(leaves[i], scaled.astype(dtype))
+            scaled = (factor.astype(a.dtype) * a).astype(jnp.result_type(unbox(likes[i])))
+            leaves[i] = replace_boxed(likes[i], scaled)
         return self._treedef.unflatten(leaves)
 
     def put(self, values: Sequence[Any], tree: Any = None) -> Any:
@@ -425,15 +425,13 @@ def _matrix_spec(
         )
 
     def normalize(axes: int | Sequence[int]) -> tuple[int, ...]:
-        axes = axes_of(axes)
-        for axis in axes:
-            if not -len(shape) <= axis < len(shape):
-                raise ValueError(
-                    f"weight_dimension_numbers has {numbers} {where}: it has no axis {axis}. A "
-                    "vector is written with no reduction axis, "
-                    "MuonDimensionNumbers(reduction_axis=(), output_axis=0)."
-                )
-        return tuple(sorted(axis % len(shape) for axis in axes))
+        try:
+            return tuple(sorted(normalize_axis_tuple(axes, len(shape), allow_duplicate=True)))
+        except np.exceptions.AxisError as error:
+            raise ValueError(
+                f"weight_dimension_numbers has {numbers} {where}: {error}. A vector is written "
+                "with no reduction axis, MuonDimensionNumbers(reduction_axis=(), output_axis=0)."
+            ) from None
 
     reduction, output = normalize(numbers.reduction_axis), normalize(numbers.output_axis)
     named = reduction + output

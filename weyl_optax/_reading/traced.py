@@ -221,6 +221,10 @@ class _View(NamedTuple):
         axes = tuple(axis for i, axis in enumerate(self.axes) if i not in dropped)
         return self._replace(axes=axes, batch=self.batch | _held(self.axes[i] for i in dropped))
 
+    def index(self, *axes: int) -> "_View":
+        """With these axes indexed, in place."""
+        return self._replace(batch=self.batch | _held(self.axes[i] for i in axes))
+
     def mix(self, axes: _Axes) -> "_View":
         """With axes of the leaf summed."""
         return self._replace(mixed=self.mixed | axes, mixed_first=self.mixed_first or axes)
@@ -315,10 +319,11 @@ class _Value(NamedTuple):
     data: _View | None = None  # along which axes it varies with the inputs, if it does
     is_weight: bool = False  # it depends on params
     is_share: bool = False  # it is data in [0, 1], or sums and products of that: what mixes
+    columns: tuple[bool, ...] = ()  # along its last axis, if put together there: which are data
 
     def map(self, fn: Callable[[_View], _View]) -> "_Value":
         data = self.data and _data(fn(self.data).axes)
-        return self._replace(views=_unique(map(fn, self.views)), data=data)
+        return self._replace(views=_unique(map(fn, self.views)), data=data, columns=())
 
     def resize(self, shape: Sequence[int]) -> "_Value":
         return self.map(lambda view: view.resize(shape))
@@ -576,7 +581,15 @@ class _Interpreter:
         if result.data:
             result = result._replace(data=_join(result, *constants).data)
         is_share = name in _MAKE_SHARES or (result.is_share and name in _KEEP_SHARES)
-        return result._replace(views=_unique(views), is_share=is_share)
+        columns: tuple[bool, ...] = ()
+        if name == "concatenate" and eqn.params["dimension"] == len(shape) - 1:
+            sizes = [s[-1] for s in shapes_of(eqn.invars)]
+            columns = tuple(
+                operand.data is not None
+                for operand, size in zip(operands, sizes, strict=True)
+                for _ in range(size)
+            )
+        return result._replace(views=_unique(views), is_share=is_share, columns=columns)
 
     def meet(
         self, view: _View, others: _Value, data: Sequence[_Axis], scales: bool, spanned: set[int]
@@ -692,7 +705,12 @@ class _Interpreter:
     ) -> Iterable[_View]:
         sizes, (full, *_) = eqn.params["slice_sizes"], shapes_of(eqn.invars)
         moved = [i for i, v in enumerate(starts) if v.data and sizes[i] < full[i]]
-        return (self.look_up(view, moved, True).resize(sizes) for view in operand.views)
+        indexed = [i for i, v in enumerate(starts) if not v.data and sizes[i] == 1]
+
+        def select(view: _View) -> _View:
+            return self.look_up(view.index(*indexed), moved, True).resize(sizes)
+
+        return map(select, operand.views)
 
     def gather(self, eqn: JaxprEqn, operand: _Value, indices: _Value) -> Iterable[_View]:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
@@ -706,11 +724,17 @@ class _Interpreter:
         selected = [i for i in numbers.start_index_map if i in collapsed or sizes[i] < full[i]]
         by_input = indices.data is not None
         is_one_index = not by_input and len(index_axes) == len(batched)  # of a stack
+        are_data = dict(zip(numbers.start_index_map, indices.columns, strict=False))
+        indexed = [i for i in selected if by_input and not are_data.get(i, True)]  # as in w[1, t]
+        selected = [i for i in selected if i not in indexed]
 
         def select(view: _View) -> _View:
+            view = view.index(*indexed)
             rest = (a for i, a in enumerate(view.axes) if i not in (*selected, *batching))
-            if by_input and _held(rest):  # rows of tables batched like the indices
-                own = _held(view.axes[i] for i in batching)
+            if indices.data:  # tables batched like the indices; not one, its indices repeated
+                along = zip(numbers.start_indices_batching_dims, batching, strict=True)
+                has_rest, places = _held(rest), indices.data.axes
+                own = _held(view.axes[i] for j, i in along if has_rest or _held([places[j]]))
                 view = view._replace(batch=view.batch | own, looked_up=view.looked_up | own)
             if not is_one_index:
                 view = self.look_up(view, selected, by_input)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from weyl_optax._arguments import check_at_least
+from weyl_optax._arguments import check_above, check_at_least
 from weyl_optax.dynamics import critical_learning_rate
 
 
@@ -32,7 +32,8 @@ def catapult_schedule(
         The :class:`optax.Schedule`.
 
     Raises:
-        ValueError: If an argument is negative.
+        ValueError: If an argument is negative, or if ``decay_steps`` is not above
+            ``warmup_steps``.
 
     Example:
         >>> from weyl_optax.contrib import catapult_schedule
@@ -46,6 +47,7 @@ def catapult_schedule(
     """
     for name, value in {"initial": initial, "peak": peak, "warmup_steps": warmup_steps}.items():
         check_at_least(name, value, 0)
+    check_above("decay_steps", decay_steps, warmup_steps)
     steps = round(warmup_steps * max(0.0, 1 - initial / peak)) if peak else 0
     return optax.warmup_cosine_decay_schedule(min(initial, peak), peak, steps, decay_steps)
 
@@ -83,7 +85,7 @@ def scale_by_catapult(
         as a function of the params.
 
     Raises:
-        ValueError: If an argument is negative, or if ``update`` lacks one.
+        ValueError: If an argument is negative, if ``initial`` is zero, or if ``update`` lacks one.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -102,7 +104,7 @@ def scale_by_catapult(
         Improvements <https://arxiv.org/abs/2406.09405>`_, 2024, algorithm 3
     """
     check_at_least("target", target, 0)
-    check_at_least("initial", initial, 0)
+    check_above("initial", initial, 0)
     check_at_least("tolerance", tolerance, 0)
 
     def init_fn(params: optax.Params) -> CatapultState:

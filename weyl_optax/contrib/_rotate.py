@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._arguments import as_schedule, check_at_least
+from weyl_optax._arguments import as_schedule, check_at_least, check_below
 from weyl_optax._bound import is_placeholder
 from weyl_optax._norms.orthogonal_iteration import zero_norms
-from weyl_optax._norms.vectors import Per, inner, length, tangent, times, weight_vectors
+from weyl_optax._norms.vectors import Per, length, tangent, times, weight_vectors
 from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
 from weyl_optax.contrib._keep_norm import keep_norm
 
@@ -18,8 +18,8 @@ class ScaleByAngleState(NamedTuple):
     """State of the first part of :func:`rotate`."""
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
-    num_finite: Any  # A tree like the params; shape=batch. Number of updates in `mean_square`.
-    mean_square: Any  # A tree like the params; shape=batch. Of update norms, not bias-corrected.
+    num_finite: Any  # A tree like the params; shape=batch. Number of updates in the mean.
+    root_mean_square: Any  # The same; shape=batch. Of the norms of updates, not bias-corrected.
 
 
 def rotate(
@@ -55,7 +55,8 @@ def rotate(
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the params.
 
     Raises:
-        ValueError: If ``angle`` or ``decay`` is negative, or as :func:`keep_norm`.
+        ValueError: If ``angle`` or ``decay`` is negative, if ``decay`` is not below 1, or as
+            :func:`keep_norm`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -91,6 +92,7 @@ def _scale_by_angle(
     """Scale every vector's update to `angle` times the norm of the vector, on average."""
     check_at_least("angle", angle, 0)
     check_at_least("decay", decay, 0)
+    check_below("decay", decay, 1)
 
     def init_fn(params: optax.Params) -> ScaleByAngleState:
         if is_placeholder(params):
@@ -114,22 +116,24 @@ def _scale_by_angle(
         leaves = BoundedLeaves(params, vectors, updates)
         eta = as_schedule(angle)(state.count)
         scaled, counts, means = [], [], []
-        for u, w, count, mean, spec in zip(
+        for u, w, count, root, spec in zip(
             leaves.of(updates),
             leaves.of(params),
             leaves.of(state.num_finite),
-            leaves.of(state.mean_square),
+            leaves.of(state.root_mean_square),
             leaves.specs,
             strict=True,
         ):
             u, w = jnp.asarray(u), jnp.asarray(w)
             d = tangent(u, w, spec)
-            square = inner(d, d, spec)
+            moved = length(d, spec)
             # Values that are not finite pass into the update, but not into the state.
-            finite = jnp.isfinite(square)
+            finite = jnp.isfinite(moved)
             count = jnp.where(finite, count + 1, count)
-            new = jnp.where(finite, decay * mean + (1 - decay) * square, mean)
-            average = jnp.sqrt(new / (1 - jnp.asarray(decay, new.dtype) ** count))
+            keep = jnp.asarray(decay, root.dtype)
+            mean = jnp.hypot(jnp.sqrt(keep) * root, jnp.sqrt(1 - keep) * moved)
+            new = jnp.where(finite, mean, root)
+            average = new / jnp.sqrt(1 - keep**count)
             size = length(w, spec)
             step = eta * size / jnp.where(average > 0, average, 1)
             step = jnp.where(size > 0, step, 1)  # see keep_norm
@@ -139,7 +143,7 @@ def _scale_by_angle(
         return leaves.put(scaled, updates), ScaleByAngleState(
             jnp.asarray(optax.safe_increment(state.count)),
             leaves.put(counts, state.num_finite),
-            leaves.put(means, state.mean_square),
+            leaves.put(means, state.root_mean_square),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

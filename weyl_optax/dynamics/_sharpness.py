@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from weyl_optax import _sharding as sharding
-from weyl_optax._arguments import check_at_least
+from weyl_optax._arguments import check_above, check_at_least
 from weyl_optax._norms.orthogonal_iteration import compute_dtype
 
 
@@ -179,7 +179,7 @@ def critical_learning_rate(
         below ``initial``, if that is already above the critical rate.
 
     Raises:
-        ValueError: If ``initial`` or ``tolerance`` is negative, or ``factor`` below 1.
+        ValueError: If ``initial`` is not above 0, ``tolerance`` negative, or ``factor`` below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -194,7 +194,7 @@ def critical_learning_rate(
         Kalra & Barkeshli, `Why Warmup the Learning Rate? Underlying Mechanisms and
         Improvements <https://arxiv.org/abs/2406.09405>`_, 2024, algorithms 1 and 2
     """
-    check_at_least("initial", initial, 0)
+    check_above("initial", initial, 0)
     check_at_least("factor", factor, 1)
     check_at_least("tolerance", tolerance, 0)
 

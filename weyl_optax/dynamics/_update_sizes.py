@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._norms.vectors import Per, check_per, inner, length, tangent
+from weyl_optax._norms.vectors import Per, check_per, length, radial, tangent
 from weyl_optax._reading.granularity import by_unit
 from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
 
@@ -58,7 +58,7 @@ def update_sizes(
     ):
         u, w = jnp.asarray(u), jnp.asarray(w)
         norm = length(w, spec)
-        along = norm + inner(u, w, spec) / jnp.where(norm > 0, norm, 1)
+        along = norm + radial(u, w, spec)
         sizes[f"{path}/l2"] = length(u, spec)
         sizes[f"{path}/angle"] = jnp.where(
             norm > 0, jnp.arctan2(length(tangent(u, w, spec), spec), along), 0

@@ -26,7 +26,7 @@ def test_each_run_is_a_line_and_none_is_trained_twice(tmp_path, capsys):
         cap_ranks.main(flags, models)
     assert len(trained) == len(set(trained)) == 8
     assert {name for name, *_, rank, _ in trained if rank == 4} == {"adamw2_cap"}
-    assert {name for name, *_, rank, _ in trained if rank == 1} == {"adamw2"}  # which has no cap
+    assert {name for name, *_, rank, _ in trained if rank == 2} == {"adamw2"}  # which has no cap
     assert len(flags.table.read_text().splitlines()) == 8
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[-6:] for row in rows] == [  # the mean of two seeds is 1 above the first
@@ -40,7 +40,7 @@ def test_each_run_is_a_line_and_none_is_trained_twice(tmp_path, capsys):
     [
         ({"ranks": ()}, "--ranks: name at least one, and each once"),
         ({"learning_rates": (0.1, 0.1)}, "--learning-rates: name at least one, and each once"),
-        ({"ranks": (-1,)}, "--cap-rank -1: it must be at least 1"),
+        ({"ranks": (-1,)}, "--cap-rank -1: it must be at least 2"),
         ({"seeds": 0}, "--seeds 0: it must be at least 1"),
         ({"steps": (0,)}, "--steps"),
         ({"tau": -1.0}, r"--tau -1\.0"),

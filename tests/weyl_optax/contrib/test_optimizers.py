@@ -117,6 +117,15 @@ def test_lion_ar_turns_the_units_of_matrices_and_steps_like_lion_a_elsewhere(x64
             np.testing.assert_allclose(params[name], w[name], rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_the_share_of_noise_does_not_depend_on_the_size_of_gradients(size):
+    grads = np.float32(gradients(3, 16, 16))
+    solver = scale_by_noise_share(optax.sgd(1.0))
+    plain = run(solver, np.float32(grads[0]), grads)
+    for found, expected in zip(run(solver, grads[0], size * grads), plain, strict=True):
+        np.testing.assert_allclose(found / size, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 1.0])
 def test_the_share_of_noise_is_right_from_the_second_step(ratio):
     """Of many matrices: each is an estimate with an error, and their mean is not."""
@@ -289,3 +298,10 @@ def test_wrong_arguments_are_errors():
             soft_spectral_clip(max_norm)
     with pytest.raises(ValueError, match="initial must be at least 0"):
         catapult_schedule(-0.1, 1.0, 10, 100)
+    with pytest.raises(ValueError, match="decay_steps must be above 10, got 10"):
+        catapult_schedule(0.1, 1.0, 10, 10)
+    with pytest.raises(ValueError, match="initial must be above 0"):
+        scale_by_catapult(1.0, initial=0)
+    for b, message in ((0, "b must be above 0"), (1, "b must be below 1")):
+        with pytest.raises(ValueError, match=message):
+            scale_by_noise_share(optax.sgd(1.0), b)

@@ -153,6 +153,22 @@ def test_a_unit_of_zeros_is_left_to_the_optimizer_and_moves_on(make):
     assert (jnp.linalg.norm(w[:, 0]) > 0.9).all()
 
 
+@pytest.mark.parametrize("scale", [1e-28, 1e-20, 1e20, 1e28])
+def test_updates_and_weights_of_any_size(scale):
+    w, u = (np.random.default_rng(i).normal(size=(5, 3)).astype(np.float32) for i in range(2))
+    params, updates = {"w": jnp.asarray(w)}, {"w": jnp.asarray(scale * u)}
+    for solver in (rotate(0.1), rotate(0.1, decay=0.0)):
+        turned, _ = solver.update(updates, solver.init(params), params)
+        after = w + np.asarray(turned["w"])
+        np.testing.assert_allclose(np.linalg.norm(after, axis=0), np.linalg.norm(w, axis=0), 1e-5)
+        cosine = np.sum(after * w, axis=0) / np.sum(w * w, axis=0)
+        np.testing.assert_allclose(np.arccos(cosine), np.arctan(0.1), rtol=1e-3)
+    params = {"w": jnp.asarray(w / scale)}
+    kept, _ = keep_norm().update({"w": u / scale}, keep_norm().init(params), params)
+    after = np.linalg.norm((w + scale * np.asarray(kept["w"], np.float64)), axis=0)
+    np.testing.assert_allclose(after, np.linalg.norm(w, axis=0), rtol=1e-5)
+
+
 @pytest.mark.parametrize("make", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_an_update_that_is_not_finite_is_seen_and_forgotten(make):
     w = jax.random.normal(jax.random.key(0), (6, 5))
@@ -202,6 +218,8 @@ def test_wrong_arguments_are_errors():
         keep_norm(per="row")
     with pytest.raises(ValueError, match="angle must be at least 0"):
         rotate(-0.1)
+    with pytest.raises(ValueError, match="decay must be below 1"):
+        rotate(0.1, decay=1.0)
     w = jnp.ones((4, 3))
     for solver in (keep_norm(), rotate(0.1)):
         with pytest.raises(ValueError, match="needs the params"):
