@@ -1449,6 +1449,88 @@ def adaptive_adjacency(p, x):
     return jax.nn.softmax(p["e1"] @ p["e2"].T) @ x @ p["w"]
 
 
+@program(tokens, w=((e, v, d), EXPERTS))
+def table_of_a_layer(p, tokens):
+    return jnp.tanh(p["w"][1, tokens])
+
+
+@program(i32(8, e), w=((e, v, d), EXPERTS))
+def codebooks(p, codes):
+    return jnp.tanh(p["w"][jnp.arange(e), codes]).sum(1)
+
+
+@program(tokens, w=((3, v, d), EXPERTS))
+def table_of_the_scanned_layer(p, tokens):
+    start = jnp.zeros((b, t, d))
+    return lax.scan(lambda x, i: (x + p["w"][i, tokens], None), start, jnp.arange(3))[0]
+
+
+@program(i32(), w=((e, v, d), EXPERTS))
+def one_row_of_a_layer(p, token):
+    return jnp.tanh(p["w"][1, token])
+
+
+@program(tokens, w=((v, 2, d), matrix([0], [2])), u=((d, f), DENSE))
+def second_slot_of_a_row(p, tokens):
+    return p["w"][tokens, 1] @ p["u"]
+
+
+@program(i32(2, b), w=((8, v, d), matrix([0, 1], [2])))
+def grid_of_two_data_indices(p, places):
+    return jnp.tanh(p["w"][places[0], places[1]])
+
+
+@program(i32(3, 8), w=((3, v), vector(1)))
+def wide_part_of_each_field(p, ids):
+    return jax.vmap(lambda w, i: w[i])(p["w"], ids).sum(0)
+
+
+@program(i32(3, 8), w=((3, v), vector(1)))
+def wide_part_by_take_along_axis(p, ids):
+    return jnp.take_along_axis(p["w"], ids, 1).sum(0)
+
+
+def scanned(layer):
+    """A layer of (params, x) over a stack of params."""
+
+    @functools.wraps(layer)
+    def layers(p, x):
+        return lax.scan(lambda x, p: (layer(p, x), None), x, p)[0]
+
+    return layers
+
+
+@program(x, log_dt=((3, d), vector(1)), a=((3, d, k), vector(2)), o=((3, d, d), EXPERTS))
+@scanned
+def steps_of_a_state_space(p, x):
+    decay = jnp.exp(-jnp.exp(p["log_dt"])[:, None] * jnp.exp(p["a"]))
+    return x * jnp.einsum("dk,dk->d", decay, decay) @ p["o"]
+
+
+@program(x, g=((3, e), vector(1)), w=((3, e, d, d), matrix([2], [3])))
+@scanned
+def mixture_of_bases(p, x):
+    return jnp.tanh(x @ jnp.einsum("e,eio->io", jax.nn.softmax(p["g"]), p["w"]))
+
+
+@program(x, u=((3, d, 2), EXPERTS), s=((3, 2), vector(1)), v=((3, 2, d), EXPERTS))
+@scanned
+def singular_values(p, x):
+    return jnp.tanh(x @ ((p["u"] * p["s"]) @ p["v"]))
+
+
+@program(x, flat=((3, d * d + d), vector(1)))
+@scanned
+def flat_buffer_of_a_layer(p, x):
+    return jnp.tanh(x @ p["flat"][: d * d].reshape(d, d) + p["flat"][d * d :])
+
+
+@program(x, g=((3, d), vector(1)))
+@scanned
+def largest_gains(p, x):
+    return x * lax.top_k(p["g"], d)[0]
+
+
 case(
     "rows in the order of data",
     lambda w, s: jnp.tanh(w[jnp.argsort(s)]) @ jnp.ones((d, 2)),

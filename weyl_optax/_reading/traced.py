@@ -198,6 +198,7 @@ class _View(NamedTuple):
     leaf: _Leaf
     axes: tuple[_Axis, ...]
     batch: _Axes = frozenset()  # axes of the leaf that were scanned over or indexed
+    paired: _Axes = frozenset()  # along which it was multiplied with another weight
     looked_up: _Axes = frozenset()  # that arrays of indices select from
     mixed: _Axes = frozenset()  # that were summed, alone or with other weights
     mixed_first: _Axes = frozenset()  # by the first of these sums
@@ -209,6 +210,11 @@ class _View(NamedTuple):
     def has_met(self) -> bool:
         """Whether it has met the data, and is followed to a later product."""
         return self.use is not None and not self.use.problem
+
+    @property
+    def is_of_vectors(self) -> bool:
+        """Whether each entry of a stack has one axis or none, and so only one reading."""
+        return len(_wide(self.leaf, frozenset(range(len(self.leaf.shape))) - self.batch)) < 2
 
     def rearrange(self, axes: Iterable[_Axis]) -> "_View":
         """With other axes. A leaf's axis that they leave out was sliced to size 1: an index."""
@@ -228,6 +234,10 @@ class _View(NamedTuple):
     def mix(self, axes: _Axes) -> "_View":
         """With axes of the leaf summed."""
         return self._replace(mixed=self.mixed | axes, mixed_first=self.mixed_first or axes)
+
+    def spoil(self, axes: tuple[_Axis, ...], use: "_Use | None") -> "_View":
+        """Beyond what can be followed."""
+        return _View(self.leaf, axes, batch=self.batch, use=use)
 
     def insert(self, position: int, size: int) -> "_View":
         """Broadcast over one more axis."""
@@ -344,7 +354,7 @@ def _number(shape: tuple[int, ...], value: _Value) -> _Value:
     if math.prod(shape) > 1:
         return value
     axes = tuple(map(_broadcast, shape))
-    views = (_View(v.leaf, axes) if v.use and v.use.problem else v for v in value.views)
+    views = (v.spoil(axes, None) if v.use and v.use.problem else v for v in value.views)
     return value._replace(views=_unique(views))
 
 
@@ -691,8 +701,8 @@ class _Interpreter:
             if view.has_met and (other.is_weight or are_rows):
                 return self.activate(view)
             if other.is_weight:
-                batch, lost = view.batch | roles.batch, roles.reduction
-                result = result._replace(batch=batch)
+                lost = roles.reduction
+                result = result._replace(paired=view.paired | roles.batch)
             return [result.mix(lost)]
         use = self.matrix(view, other, roles, is_row)
         if view.use or not other.is_share or not roles.reduction:
@@ -765,24 +775,26 @@ class _Interpreter:
         """Notes a use of the entries: as a vector, or of rows that have been looked up."""
         held = _held(view.axes)
         if view.use and view.use.problem:
-            return self.note(view.use)
+            return self.problem(view, view.use)
         if not held and _wide(view.leaf, frozenset(range(len(view.leaf.shape))) - view.batch):
             return self.statistic(view)
-        axes = (held | view.mixed) - view.batch
+        axes, batch = (held | view.mixed) - view.batch, view.batch
+        if _wide(view.leaf, axes - view.paired):  # else it is a vector of these
+            axes, batch = axes - view.paired, batch | view.paired
         reduction = (
             view.looked_up or (view.mixed if held - view.mixed else view.mixed_first)
         ) & axes
         output = axes - reduction
-        return self.read(view, _Roles(reduction, view.batch, output), kind)
+        return self.read(view, _Roles(reduction, batch, output), kind)
 
     def matrix(
         self, view: _View, other: _Value, roles: _Roles, is_row: bool = False
     ) -> "_Use | None":
         """Notes a use in a product with the data, maybe with a row that has no axes of its own."""
         reduction, batch, output = roles
-        batch = (batch - view.mixed) | view.batch
+        batch = (batch - view.mixed) | view.batch | view.paired
         if view.use and view.use.problem:
-            return self.note(view.use)
+            return self.problem(view, view.use)
         if view.use and view.use.kind == _PRODUCT:  # rows are activations, unless they are experts
             if is_row:  # several experts of each row
                 reduction, output = reduction - view.looked_up, output - view.looked_up
@@ -825,6 +837,8 @@ class _Interpreter:
         # were laid out anew.
         batch -= view.looked_up & (reduction | output)
         split = _wide(leaf, (batch & reduction) | (batch & output) | (reduction & output))
+        if split and view.is_of_vectors:
+            split, reduction, batch, output = frozenset(), frozenset(), view.batch, frozenset()
         problem = ""
         if split and self.eqns[-1].primitive.name == "conv_general_dilated":
             vectors = MuonDimensionNumbers((), tuple(sorted(every - split)))
@@ -842,14 +856,20 @@ class _Interpreter:
 
     def statistic(self, view: _View) -> "_Use":
         problem = "uses nothing but a statistic of it"
-        return self.note(_Use(view.leaf, tuple(self.eqns), _STATISTIC, problem))
+        return self.problem(view, _Use(view.leaf, tuple(self.eqns), _STATISTIC, problem))
+
+    def problem(self, view: _View, use: "_Use") -> "_Use":
+        """Notes a use with a problem, which vectors do not have."""
+        if view.is_of_vectors:
+            return self.read(view, _Roles(frozenset(), view.batch, frozenset()), use.kind)
+        return self.note(use)
 
     def unknown(self, operands: Sequence[_Value], shape: tuple[int, ...]) -> tuple[_View, ...]:
         """The result of an operation that cannot be followed: a problem where the data meets it."""
         axes, problem = tuple(map(_broadcast, shape)), "is an operation that cannot be followed"
         views = (view for operand in operands for view in operand.views)
         unknown = [
-            _View(v.leaf, axes, use=v.use or _Use(v.leaf, tuple(self.eqns), _PRODUCT, problem))
+            v.spoil(axes, v.use or _Use(v.leaf, tuple(self.eqns), _PRODUCT, problem))
             for v in views
             if not v.has_met
         ]
