@@ -1490,6 +1490,28 @@ def wide_part_by_take_along_axis(p, ids):
     return jnp.take_along_axis(p["w"], ids, 1).sum(0)
 
 
+@program(x, w=((d, f), DENSE))
+def product_masked_before_the_sum(p, x):
+    return jnp.where(x[..., None] > 0, x[..., None] * p["w"], 0).sum(1)
+
+
+@program(x, f32(b, d, f), w=((d, f), DENSE))
+def product_with_data_added_before_the_sum(p, x, y):
+    return (x[..., None] * p["w"] + y).sum(1)
+
+
+@program(x, base=((d, f), DENSE), c=((d, f, 3), matrix([2], [1])))
+def kolmogorov_arnold(p, x):
+    bells = jnp.exp(-((x[..., None] - jnp.linspace(-1, 1, 3)) ** 2))
+    splines = jnp.einsum("bdg,dfg->bdf", bells, p["c"])
+    return (p["base"] * jax.nn.silu(x)[..., None] + splines).sum(1)
+
+
+@program(x, f32(b, d, f), w=((d, f), vector(0, 1)))
+def gain_of_features_with_data_added(p, x, y):
+    return jnp.tanh(x[..., None] * p["w"] + y)
+
+
 def scanned(layer):
     """A layer of (params, x) over a stack of params."""
 

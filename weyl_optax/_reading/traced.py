@@ -571,11 +571,11 @@ class _Interpreter:
         ]
         operands = [operand.map(align) for operand in operands]
         scales = name in ("dot_general", "mul", "div")
-        if name == "select_n":  # by a mask, or between data and a leaf
-            scales = not any(case.data for case in operands[1:])
         views = []
         for i, operand in enumerate(operands):
             others = _join(*(other for j, other in enumerate(operands) if j != i))
+            if name == "select_n":  # by a mask, or between data and a leaf
+                scales = not any(case.data for j, case in enumerate(operands) if j not in (0, i))
             spanned = {i for view in operand.views for i, a in enumerate(view.axes) if _held([a])}
             for view in operand.views:
                 if name not in _LINEAR and (view.has_met or view.scaled):
@@ -614,6 +614,8 @@ class _Interpreter:
         along = [i for i, axis in enumerate(data) if _held([axis])]
         varied = held & _held(view.axes[i] for i in along)
         is_of_each_sample = not spanned.issuperset(along)
+        if view.scaled and not scales:  # part of the sum that may follow
+            return [view]
         if scales and (varied < held or not is_of_each_sample):  # a scale or a mask of the weight
             by_shares = others.is_share and (view.by_shares or not view.scaled)
             scaled = view.scaled | (varied if varied < held else frozenset())
