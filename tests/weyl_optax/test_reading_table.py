@@ -1512,6 +1512,25 @@ def gain_of_features_with_data_added(p, x, y):
     return jnp.tanh(x[..., None] * p["w"] + y)
 
 
+@program(x, r=((d, e), DENSE), w=((e, d, f), EXPERTS))
+def experts_by_top_k(p, x):
+    shares, chosen = lax.top_k(jax.nn.softmax(x @ p["r"]), 2)
+    return jnp.einsum("bd,bdf->bf", x, jnp.einsum("bk,bkdf->bdf", shares, p["w"][chosen]))
+
+
+@program(x, r=((d, e), DENSE), w=((e, d, f), EXPERTS))
+def experts_straight_through(p, x):
+    soft = jax.nn.softmax(x @ p["r"])
+    hard = jax.nn.one_hot(soft.argmax(-1), e) + soft - lax.stop_gradient(soft)
+    return jnp.einsum("bd,bdf->bf", x, jnp.einsum("be,edf->bdf", hard, p["w"]))
+
+
+@program(tokens, q=((d,), vector(0)), w=((v, d), DENSE), u=((d, f), DENSE))
+def pooled_embeddings(p, tokens):
+    rows = p["w"][tokens]
+    return jnp.einsum("bt,btd->bd", jax.nn.softmax(rows @ p["q"]), rows) @ p["u"]
+
+
 def scanned(layer):
     """A layer of (params, x) over a stack of params."""
 

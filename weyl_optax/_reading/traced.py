@@ -392,7 +392,7 @@ _ELEMENTWISE = _LINEAR | frozenset(
 )
 # The first turn data into shares; the second keep shares, if all their data is.
 _MAKE_SHARES = frozenset("eq exp exp2 ge gt le logistic lt ne".split())
-_KEEP_SHARES = frozenset("add div max mul reduce_max reduce_sum select_n".split())
+_KEEP_SHARES = frozenset("add div max mul reduce_max reduce_sum select_n sub".split())
 _REDUCTIONS = frozenset(
     "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum "
     "reduce_xor".split()
@@ -500,6 +500,8 @@ class _Interpreter:
         is_data, shapes = any(operand.data for operand in operands), shapes_of(eqn.outvars)
         results = [_Value((), _varying(s) if is_data else None, is_weight) for s in shapes]
         operand, *others = operands
+        if name == "top_k":
+            results[0] = results[0]._replace(is_share=operand.is_share)
         views: Iterable[_View] | None = None
         match name:
             case "dot_general":
@@ -707,7 +709,12 @@ class _Interpreter:
                 result = result._replace(paired=view.paired | roles.batch)
             return [result.mix(lost)]
         use = self.matrix(view, other, roles, is_row)
-        if view.use or not other.is_share or not roles.reduction:
+        if not roles.reduction:
+            return []
+        if view.use:  # rows that were picked may still be experts once they are mixed
+            are_rows = view.use.kind == _PRODUCT and roles.reduction <= view.looked_up
+            return [result._replace(batch=view.batch | lost)] if are_rows else []
+        if not other.is_share:
             return []
         looked_up, batch = view.looked_up | roles.reduction, view.batch | lost
         return [result._replace(looked_up=looked_up, batch=batch, use=use)]
