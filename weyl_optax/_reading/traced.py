@@ -227,7 +227,7 @@ class _View(NamedTuple):
         axes = tuple(axis for i, axis in enumerate(self.axes) if i not in dropped)
         return self._replace(axes=axes, batch=self.batch | _held(self.axes[i] for i in dropped))
 
-    def index(self, *axes: int) -> "_View":
+    def at_index(self, *axes: int) -> "_View":
         """With these axes indexed, in place."""
         return self._replace(batch=self.batch | _held(self.axes[i] for i in axes))
 
@@ -727,7 +727,7 @@ class _Interpreter:
         indexed = [i for i, v in enumerate(starts) if not v.data and sizes[i] == 1]
 
         def select(view: _View) -> _View:
-            return self.look_up(view.index(*indexed), moved, True).resize(sizes)
+            return self.look_up(view.at_index(*indexed), moved, True).resize(sizes)
 
         return map(select, operand.views)
 
@@ -748,7 +748,7 @@ class _Interpreter:
         selected = [i for i in selected if i not in indexed]
 
         def select(view: _View) -> _View:
-            view = view.index(*indexed)
+            view = view.at_index(*indexed)
             rest = (a for i, a in enumerate(view.axes) if i not in (*selected, *batching))
             if indices.data:  # tables batched like the indices; not one, its indices repeated
                 along = zip(numbers.start_indices_batching_dims, batching, strict=True)
