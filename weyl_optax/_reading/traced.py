@@ -12,7 +12,7 @@ indices or by shares such as a softmax's, are reduced along the axis that is pic
 matrices that multiply the data in turn: then they are experts, and it is a batch axis. A product
 takes precedence over entries that meet the data one by one, and those over a statistic, so no mask
 or penalty undoes a reading; among products, one of the leaf itself comes first. An axis of size 1
-counts for nothing, and a leaf with one axis or none has only one reading.
+counts for nothing, and a leaf with one axis or none, or a stack of such, has only one reading.
 
 The jaxpr of the loss is interpreted with abstract values that know which axes of which leaves they
 hold, and along which of their own axes the data varies.
