@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def as_flag(name: str, value: Any) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+    values = value if isinstance(value, list) else [value]
+    return f"--{flag} {shlex.join(map(str, values))}"
 
 
 # What a folder has in which something was trained: itself, or those of `tau_ablation` in it.

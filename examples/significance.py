@@ -14,6 +14,8 @@ from tyro.conf import Positional
 from examples import recorder, tables
 
 DEVIATION = 0.0013  # of a run's loss, as the optimization track assumes it
+# Flags that do not change a loss.
+HOW = {"runs", "log_every", "save_every", "watch"}
 LEAST = 0.004  # of (target - mean) sqrt(runs): 3.09 deviations, p < 0.001
 
 
@@ -100,7 +102,7 @@ def check_seeds(folders: tuple[Path, ...]) -> None:
         try:
             config = json.loads((folder / "config.json").read_text())
             seed = config.pop("seed")
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f"{folder} has no config.json with a seed. Name folders of examples.train_gpt."
             ) from None
@@ -110,7 +112,8 @@ def check_seeds(folders: tuple[Path, ...]) -> None:
             )
         of_seed[seed] = folder
         configs.append(config)
-        if different := [key for key in config if config[key] != configs[0].get(key)]:
+        keys = (config.keys() | configs[0].keys()) - HOW
+        if different := sorted(key for key in keys if config.get(key) != configs[0].get(key)):
             raise ValueError(f"{folder} and {folders[0]} differ in {', '.join(different)}.")
 
 

@@ -54,7 +54,9 @@ def load_corpus(path: Path | None) -> Corpus:
         return _from_text(sorted(modules))[0]
     if path.is_file() and path.suffix != ".bin":
         return _from_text([path])[0]
-    if path.is_file() and (path.name == "train.bin" or path.match(SPEEDRUN_TRAIN)):
+    if path.is_file() and path.match(SPEEDRUN_TRAIN):
+        return _from_speedrun(path.parent)
+    if path.is_file() and path.name == "train.bin":
         path = path.parent
     elif path.is_file():
         raise ValueError(f"--data {path}: name its folder. Its train.bin and val.bin are read.")

@@ -30,7 +30,7 @@ def read(path: Path) -> list[Line]:
             lines.append(line)
         else:
             print(f"{path}: a damaged line is left out: {part[:40]}")
-    if any(parts) and not lines:
+    if any(not part.startswith("{") for part in parts if part) and not lines:
         raise ValueError(f"--table {path} is no table of runs. Name another file.")
     return lines
 

@@ -84,6 +84,18 @@ def test_weight_decay_reaches_what_is_not_bounded():
     assert not np.allclose(found["b"], found["masked"])
 
 
+def test_weight_decay_does_not_change_the_dtype_of_what_is_not_bounded():
+    params = {"w": jnp.eye(3), "b": jnp.ones(4)}
+    updates = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    numbers = {"w": MuonDimensionNumbers(0, 1), "b": None}
+    solver = scale_by_weyl_bound(
+        weight_decay=lambda count: jnp.float32(0.5), weight_dimension_numbers=numbers
+    )
+    found, _ = solver.update(updates, solver.init(params), params)
+    assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_allclose(found["b"].astype(np.float32), 1.5)
+
+
 def test_weight_decay_may_be_a_schedule():
     params = updates = {"w": jnp.eye(3)}
     solver = rule_1(10.0, weight_decay=lambda count: 1.0 * count)
@@ -187,7 +199,8 @@ def test_a_weight_that_is_not_finite_takes_no_step():
     updates = {"w": normal(1, (32, 24)), "b": jnp.ones(5)}
     solver = scale_by_weyl_bound()
     bounded, _ = solver.update(updates, solver.init(params), params)
-    np.testing.assert_array_equal(bounded["w"], np.zeros((32, 24)))
+    for found in bounded.values():
+        np.testing.assert_array_equal(found, np.zeros(found.shape))
 
 
 @pytest.mark.parametrize("size", [1e30, 1e-30])

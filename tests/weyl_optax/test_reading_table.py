@@ -1465,6 +1465,11 @@ def table_of_the_scanned_layer(p, tokens):
     return lax.scan(lambda x, i: (x + p["w"][i, tokens], None), start, jnp.arange(3))[0]
 
 
+@program(tokens, w=((v, d), DENSE), u=((k, f), DENSE))
+def first_features_of_a_row(p, tokens):
+    return p["w"][tokens, :k] @ p["u"]
+
+
 @program(i32(), w=((e, v, d), EXPERTS))
 def one_row_of_a_layer(p, token):
     return jnp.tanh(p["w"][1, token])

@@ -402,7 +402,8 @@ def _rotate(
         size = jnp.expand_dims(image.size, tuple(range(image.size.ndim, left.ndim)))
         left = left * size.astype(left.dtype)
     sigmas = image.size[..., None] * jnp.sqrt(squares)
-    is_too_large = (image.size > 0)[..., None] & (squares[..., :1] == 0)  # for the dtype
+    # Q over a size near the largest number underflows.
+    is_too_large = (image.size > 0)[..., None] & (squares[..., :1] == 0)
     return jnp.where(is_too_large, jnp.inf, sigmas), block, left
 
 

@@ -265,15 +265,18 @@ class BoundedLeaves:
         return [unbox(leaves[i]) for i, spec in self._specs.items() for _ in spec.parts]
 
     def times(self, factors: Sequence[jax.Array], tree: Any, like: Any) -> Any:
-        """The tree with each matrix times a factor, in the dtype of the one in the tree `like`."""
+        """The tree with each matrix times a factor, and the dtypes of the tree `like`."""
         leaves, likes = map(self._treedef.flatten_up_to, (tree, like))
         remaining = iter(factors)
         for i, spec in self._specs.items():
             a = jnp.asarray(unbox(leaves[i]))
             factor = spec.spread([next(remaining) for _ in spec.parts], a)
-            scaled = (factor.astype(a.dtype) * a).astype(jnp.result_type(unbox(likes[i])))
-            leaves[i] = replace_boxed(likes[i], scaled)
-        return self._treedef.unflatten(leaves)
+            leaves[i] = replace_boxed(likes[i], factor.astype(a.dtype) * a)
+        return jax.tree.map(
+            lambda x, old: x if x is old else jnp.asarray(x, jnp.result_type(old)),
+            self._treedef.unflatten(leaves),
+            like,
+        )
 
     def put(self, values: Sequence[Any], tree: Any = None) -> Any:
         """A tree of this structure with the values in their places, and elsewhere as `tree`."""

@@ -328,7 +328,7 @@ class _Value(NamedTuple):
     views: tuple[_View, ...] = ()  # the leaves it is made of, before a product with the data
     data: _View | None = None  # along which axes it varies with the inputs, if it does
     is_weight: bool = False  # it depends on params
-    is_share: bool = False  # it is data in [0, 1], or sums and products of that: what mixes
+    is_share: bool = False  # it is data in [0, 1], or made of such linearly: what mixes
     columns: tuple[bool, ...] = ()  # along its last axis, if put together there: which are data
 
     def map(self, fn: Callable[[_View], _View]) -> "_Value":
@@ -724,7 +724,7 @@ class _Interpreter:
     ) -> Iterable[_View]:
         sizes, (full, *_) = eqn.params["slice_sizes"], shapes_of(eqn.invars)
         moved = [i for i, v in enumerate(starts) if v.data and sizes[i] < full[i]]
-        indexed = [i for i, v in enumerate(starts) if not v.data and sizes[i] == 1]
+        indexed = [i for i, v in enumerate(starts) if moved and not v.data and sizes[i] == 1]
 
         def select(view: _View) -> _View:
             return self.look_up(view.at_index(*indexed), moved, True).resize(sizes)
@@ -744,8 +744,9 @@ class _Interpreter:
         by_input = indices.data is not None
         is_one_index = not by_input and len(index_axes) == len(batched)  # of a stack
         are_data = dict(zip(numbers.start_index_map, indices.columns, strict=False))
-        indexed = [i for i in selected if by_input and not are_data.get(i, True)]  # as in w[1, t]
-        selected = [i for i in selected if i not in indexed]
+        constant = [i for i in selected if by_input and not are_data.get(i, True)]
+        indexed = [i for i in constant if sizes[i] == 1]  # as in w[1, t]; w[t, :4] has a slice
+        selected = [i for i in selected if i not in constant]
 
         def select(view: _View) -> _View:
             view = view.at_index(*indexed)

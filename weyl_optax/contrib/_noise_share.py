@@ -122,7 +122,8 @@ def scale_by_noise_share(
             new_root = jnp.where(finite, root_now, root).astype(root.dtype)
             signal, total = length(new, spec) / unbiased, new_root / jnp.sqrt(unbiased)
             share = 1 - jnp.square(signal / jnp.where(total > 0, total, 1))
-            share = jnp.where(total > 0, share / (1 - noise_only), 0)
+            possible = 1 - noise_only
+            share = jnp.where(total > 0, share / jnp.where(possible > 0, possible, 1), 0)
             scales.append(jnp.where(count > 1, jnp.sqrt(jnp.clip(share, 0, 1)), 0))
             counts.append(count)
             means.append(new)

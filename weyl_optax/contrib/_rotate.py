@@ -132,7 +132,7 @@ def _scale_by_angle(
             count = jnp.where(finite, count + 1, count)
             keep = jnp.asarray(decay, root.dtype)
             mean = jnp.hypot(jnp.sqrt(keep) * root, jnp.sqrt(1 - keep) * moved)
-            new = jnp.where(finite, mean, root)
+            new = jnp.where(finite, mean, root).astype(root.dtype)
             average = new / jnp.sqrt(1 - keep**count)
             size = length(w, spec)
             step = eta * size / jnp.where(average > 0, average, 1)

@@ -30,8 +30,8 @@ def test_each_run_is_a_line_and_none_is_trained_twice(tmp_path, capsys):
     assert len(flags.table.read_text().splitlines()) == 8
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[-6:] for row in rows] == [  # the mean of two seeds is 1 above the first
-        ["0.01", "|", "3.100", "|", "3.400", "|"],
-        ["0.01", "|", "4.100", "|", "4.400", "|"],
+        ["0.01", "|", "3.200", "|", "3.400", "|"],
+        ["0.01", "|", "4.200", "|", "4.400", "|"],
     ]
 
 
