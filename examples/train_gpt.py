@@ -11,15 +11,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from examples import (
-    language,
-    measurements,
-    optimizers,
-    processes,
-    program,
-    results,
-    training,
-)
+from examples import language, measurements, optimizers, processes, program, results, training
 from examples.recorder import Recorder
 from examples.text_data import Corpus
 from models.gpt import GPT

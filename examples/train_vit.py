@@ -11,15 +11,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from examples import (
-    measurements,
-    optimizers,
-    processes,
-    program,
-    results,
-    training,
-    vision,
-)
+from examples import measurements, optimizers, processes, program, results, training, vision
 from examples.image_data import Images
 from examples.recorder import Recorder
 from models.swin import Swin

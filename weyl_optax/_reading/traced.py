@@ -212,9 +212,14 @@ class _View(NamedTuple):
         return self.use is not None and not self.use.problem
 
     @property
+    def own(self) -> _Axes:
+        """The axes of the leaf that were neither scanned over nor indexed, wider than 1."""
+        return _wide(self.leaf, frozenset(range(len(self.leaf.shape))) - self.batch)
+
+    @property
     def is_of_vectors(self) -> bool:
         """Whether each entry of a stack has one axis or none, and so only one reading."""
-        return len(_wide(self.leaf, frozenset(range(len(self.leaf.shape))) - self.batch)) < 2
+        return len(self.own) < 2
 
     def rearrange(self, axes: Iterable[_Axis]) -> "_View":
         """With other axes. A leaf's axis that they leave out was sliced to size 1: an index."""
@@ -786,7 +791,7 @@ class _Interpreter:
         held = _held(view.axes)
         if view.use and view.use.problem:
             return self.problem(view, view.use)
-        if not held and _wide(view.leaf, frozenset(range(len(view.leaf.shape))) - view.batch):
+        if not held and view.own:
             return self.statistic(view)
         axes, batch = (held | view.mixed) - view.batch, view.batch
         if _wide(view.leaf, axes - view.paired):  # else it is a vector of these
