@@ -1,6 +1,7 @@
 """The optimizers that the examples compare, by name."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -29,6 +30,7 @@ Alone = Literal[
     "adamw2",
     "adamw2_warmup",
     "adamw2_cap",
+    "adamw_cap",
     "radam",
     "lion",
     "lamb",
@@ -211,6 +213,10 @@ def _adamw2_cap(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.Gradie
     )
 
 
+def _adamw_cap(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+    return _adamw2_cap(rate, dataclasses.replace(s, tau=math.inf), numbers)
+
+
 def _radam(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
     del numbers
     return optax.chain(
@@ -370,6 +376,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "adamw2_cap": Optimizer(
         "AdamW² with the cap, no warmup", _adamw2_cap, _no_warmup, _from(1e-3, **_ADAM, **_TAU)
+    ),
+    "adamw_cap": Optimizer(
+        "AdamW with the cap, no bound, no warmup", _adamw_cap, _no_warmup, _from(1e-3, **_ADAM)
     ),
     "radam": Optimizer("RAdam, no warmup", _radam, _no_warmup, _from(3e-4, **_ADAM)),
     "lion": Optimizer(

@@ -20,6 +20,7 @@ COLORS = {
     "adamw2": "#0072B2",
     "adamw2_warmup": "#33BBEE",
     "adamw2_cap": "#004488",
+    "adamw_cap": "#DDAA33",
     "radam": "#CC79A7",
     "lion": "#E69F00",
     "lamb": "#009E73",

@@ -226,19 +226,19 @@ def _search(
 ) -> list[Any]:
     """For each leaf the norms, the leading vectors of its shorter side, the block, the excess."""
     found: dict[int, Any] = {}
-    short, long = {}, {}
+    short: dict[int, Any] = {}
+    long: dict[int, Any] = {}
     for i, (spec, rank, a, block) in enumerate(zip(specs, ranks, leaves, blocks, strict=True)):
         a = a.astype(compute_dtype(a))
         side = min(spec.matrix_shape)
         if side == 1:
             found[i] = _vector_norm(spec, a), None, None, None
         elif side <= SHORT_SIDE:
-            short[i] = _gram_of_side(spec, a)
+            short[i] = spec, a
         else:
             long[i] = spec, rank, a, block
-    spectra = together(_eigh, [gram for gram, _ in short.values()])
-    for (i, (_, size)), spectrum in zip(short.items(), spectra, strict=True):
-        found[i] = _exact(specs[i], size, spectrum)
+    if short:
+        found |= zip(short, _solve(*zip(*short.values(), strict=True)), strict=True)
     if long:
         of_long = _iterate(*zip(*long.values(), strict=True), num_iters=num_iters, seed=seed)
         found |= zip(long, of_long, strict=True)
@@ -274,14 +274,15 @@ def _iterate(
         (sigma[..., 0], lax.index_in_dim(v, 0, Labels.of(spec).block.index("y"), False), v, None)
         for spec, sigma, v in zip(specs, sigmas, blocks, strict=True)
     ]
-    if capped := {i: rank for i, rank in enumerate(ranks) if rank}:
-        lowered = [
-            _lowered(specs[i], rank, leaves[i], blocks[i], sigmas[i], left[i])
-            for i, rank in capped.items()
-        ]
-        squares = together(_largest_eigenvalue, [x.gram for x in lowered])
-        for i, x, square in zip(capped, lowered, squares, strict=True):
-            found[i] = _norm_of_capped(x, square), *found[i][1:3], x.excess
+    if any(ranks):
+        capped = [i for i, rank in enumerate(ranks) if rank]
+        lowered = (
+            _lowered(specs[i], ranks[i], leaves[i], blocks[i], sigmas[i], left[i]) for i in capped
+        )
+        excesses, levels, grams = zip(*lowered, strict=True)
+        squares = together(_largest_eigenvalue, grams)
+        for i, excess, level, square in zip(capped, excesses, levels, squares, strict=True):
+            found[i] = _norm_of_capped(level, square), *found[i][1:3], excess
     return found
 
 
@@ -293,37 +294,25 @@ def _iteration(
     seed: jax.Array,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array | None]]:
     """The singular values, right and left singular vectors of all leaves, as `_rotate` has them."""
-    images = list(map(_image, specs, ranks, leaves, blocks, [seed] * len(specs)))
-    factors = together(_orthonormalizer, [image.gram for image in images])
-    pulled = list(map(_pull_back, specs, leaves, images, factors))
-    spectra = together(_eigh, [x.gram for x in pulled])
-    found = map(_rotate, specs, ranks, leaves, blocks, images, pulled, spectra)
+    images = map(_image, specs, ranks, leaves, blocks, [seed] * len(specs))
+    r, sizes, grams = zip(*images, strict=True)
+    factors = together(_orthonormalizer, grams)
+    q, y, grams = zip(*map(_pull_back, specs, leaves, r, sizes, factors), strict=True)
+    spectra = together(_eigh, grams)
+    found = map(_rotate, specs, ranks, leaves, blocks, sizes, q, y, spectra)
     sigmas, blocks, left = map(list, zip(*found, strict=True))
     return sigmas, blocks, left
 
 
-class Image(NamedTuple):
-    """R = A V, each vector over its size."""
-
-    r: jax.Array
-    size: jax.Array  # (*batch,): one for all
-    gram: jax.Array  # R^H R, (*batch, k, k)
-
-
-class Pulled(NamedTuple):
-    """Q, orthonormal, and Y = A^H Q, over the size of the image."""
-
-    q: jax.Array
-    y: jax.Array
-    gram: jax.Array  # Y^H Y, (*batch, k, k)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _image(spec: MatrixSpec, rank: int, a: jax.Array, v: jax.Array, seed: jax.Array) -> Image:
-    """The image, with one more vector.
+def _image(
+    spec: MatrixSpec, rank: int, a: jax.Array, v: jax.Array, seed: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """R = A V, with one more vector.
 
-    Each vector is scaled to a largest entry of 1, so no product or Gram matrix overflows or
-    underflows.
+    Returns:
+        The image, each vector scaled to a largest entry of 1, so no product or Gram matrix
+        overflows or underflows; the size of the largest, (*batch,); R^H R, (*batch, k, k).
     """
     labels = Labels.of(spec)
     axis = labels.block.index("y")
@@ -337,7 +326,7 @@ def _image(spec: MatrixSpec, rank: int, a: jax.Array, v: jax.Array, seed: jax.Ar
     axis = labels.image.index("y")
     fresh = lax.slice_in_dim(r, k - 1, k, axis=axis)
     r = lax.concatenate([r, fresh * (jnp.abs(fresh) ** 4).astype(r.dtype)], axis)
-    return Image(r, jnp.max(largest, axis=-1), _gram(a, labels, labels.image, r))
+    return r, jnp.max(largest, axis=-1), _gram(a, labels, labels.image, r)
 
 
 @jax.jit
@@ -357,14 +346,16 @@ def _orthonormalizer(gram: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pull_back(spec: MatrixSpec, a: jax.Array, image: Image, factor: jax.Array) -> Pulled:
-    """The image made orthonormal, and pulled back."""
+def _pull_back(
+    spec: MatrixSpec, a: jax.Array, r: jax.Array, size: jax.Array, factor: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Q = R F over the size of the image; Y = A^H Q; and Y^H Y, (*batch, k, k)."""
     labels = Labels.of(spec)
-    size = jnp.where(image.size > 0, image.size, 1)[..., None, None]
-    q = _mix(a, labels, labels.image, image.r, factor / size.astype(factor.dtype))
+    size = jnp.where(size > 0, size, 1)[..., None, None]
+    q = _mix(a, labels, labels.image, r, factor / size.astype(factor.dtype))
     back = f"{labels.image},{labels.leaf}->{labels.block}"
     y = jnp.conj(_einsum(a, labels, lax.Precision.HIGH, back, jnp.conj(q), a))
-    return Pulled(q, y, _gram(a, labels, labels.block, y))
+    return q, y, _gram(a, labels, labels.block, y)
 
 
 @jax.jit
@@ -384,8 +375,9 @@ def _rotate(
     rank: int,
     a: jax.Array,
     v: jax.Array,
-    image: Image,
-    pulled: Pulled,
+    size: jax.Array,
+    q: jax.Array,
+    y: jax.Array,
     spectrum: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The singular values (*batch, k), the next block, and the left vectors that a cap needs."""
@@ -394,16 +386,15 @@ def _rotate(
     squares, p = spectrum[0][..., :k], spectrum[1][..., :k]
     is_found = _is_found(squares)  # elsewhere, the old vector stays
     inverse = lax.rsqrt(jnp.where(is_found, squares, 1))[..., None, :]
-    new = _mix(a, labels, labels.block, pulled.y, p * inverse.astype(p.dtype))
+    new = _mix(a, labels, labels.block, y, p * inverse.astype(p.dtype))
     block = jnp.where(jnp.expand_dims(is_found, labels.vector_axes(labels.block)), new, v)
     left = None
     if rank:
-        left = _mix(a, labels, labels.image, pulled.q, p[..., :rank])
-        size = jnp.expand_dims(image.size, tuple(range(image.size.ndim, left.ndim)))
-        left = left * size.astype(left.dtype)
-    sigmas = image.size[..., None] * jnp.sqrt(squares)
+        left = _mix(a, labels, labels.image, q, p[..., :rank])
+        left = left * jnp.expand_dims(size, tuple(range(size.ndim, left.ndim))).astype(left.dtype)
+    sigmas = size[..., None] * jnp.sqrt(squares)
     # Q over a size near the largest number underflows.
-    is_too_large = (image.size > 0)[..., None] & (squares[..., :1] == 0)
+    is_too_large = (size > 0)[..., None] & (squares[..., :1] == 0)
     return jnp.where(is_too_large, jnp.inf, sigmas), block, left
 
 
@@ -411,14 +402,6 @@ def _is_found(squares: jax.Array) -> jax.Array:
     """Which of the squared singular values, descending, are more than rounding."""
     k = squares.shape[-1]
     return squares > 4 * (k + 1) * jnp.finfo(squares.dtype).eps * squares[..., :1]
-
-
-class Lowered(NamedTuple):
-    """What a cap does to a matrix."""
-
-    excess: jax.Array  # the image that it subtracts
-    level: jax.Array  # (*batch,)
-    gram: jax.Array  # of C V over the level, (*batch, k, k)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -429,8 +412,8 @@ def _lowered(
     v: jax.Array,
     sigma: jax.Array,
     left: jax.Array,
-) -> Lowered:
-    """What the cap subtracts, and the image of the block under what it leaves."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The image that the cap subtracts; the level, (*batch,); the Gram matrix of C V over it."""
     labels = Labels.of(spec)
     axis, vector_axes = labels.image.index("y"), labels.vector_axes(labels.image)
     level = jnp.maximum(sigma[..., rank - 1], LEAST_LEVEL * sigma[..., 0])
@@ -445,7 +428,7 @@ def _lowered(
     inverse = 1 / jnp.where(level > 0, level, 1)[..., None]
     inverse = jnp.where(_is_found(jnp.square(sigma * inverse)), inverse, 0)
     image = image * jnp.expand_dims(inverse, vector_axes).astype(image.dtype)
-    return Lowered(excess, level, _gram(a, labels, labels.image, image))
+    return excess, level, _gram(a, labels, labels.image, image)
 
 
 @jax.jit
@@ -462,10 +445,10 @@ def _largest_eigenvalue(gram: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _norm_of_capped(x: Lowered, square: jax.Array) -> jax.Array:
+def _norm_of_capped(level: jax.Array, square: jax.Array) -> jax.Array:
     """(r + sqrt(r^2 + 4 l^2)) / 2, from c^2 / l^2."""
     r = jnp.sqrt(jnp.maximum(square - 1, 0))
-    return x.level * (r + jnp.sqrt(r * r + 4)) / 2
+    return level * (r + jnp.sqrt(r * r + 4)) / 2
 
 
 def scaled_to_one(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
@@ -482,13 +465,16 @@ def _vector_norm(spec: MatrixSpec, a: jax.Array) -> jax.Array:
     return size * jnp.sqrt(jnp.sum(a * a, axis=spec.matrix_axes))
 
 
-def _exact(spec: MatrixSpec, size: jax.Array, spectrum: tuple[jax.Array, jax.Array]) -> Any:
+def _solve(specs: Sequence[MatrixSpec], leaves: Sequence[jax.Array]) -> list[Any]:
     """As `_search`, for matrices with a short side, from the Gram matrix of this side."""
-    squares, p = spectrum
-    labels = Labels.of(spec)
-    shape = spec.sizes([labels.leaf.index(label) for label in labels.block if label != "y"])
-    leading = jnp.conj(p[..., 0]).reshape(shape)
-    return size * jnp.sqrt(squares[..., 0]), leading, None, None
+    grams, sizes = zip(*map(_gram_of_side, specs, leaves), strict=True)
+    found = []
+    for spec, size, (squares, p) in zip(specs, sizes, together(_eigh, grams), strict=True):
+        labels = Labels.of(spec)
+        shape = spec.sizes([labels.leaf.index(label) for label in labels.block if label != "y"])
+        leading = jnp.conj(p[..., 0]).reshape(shape)
+        found.append((size * jnp.sqrt(squares[..., 0]), leading, None, None))
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)

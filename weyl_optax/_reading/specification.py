@@ -5,6 +5,7 @@ for Muon works unchanged. Axes that it does not name are batch axes.
 """
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -117,11 +118,12 @@ class MatrixSpec:
 
     def spread(self, factors: Sequence[jax.Array], a: jax.Array) -> jax.Array:
         """The factors of each part's matrices, (*batch), laid out to multiply the leaf `a`."""
-        spread = [jnp.expand_dims(x, self.matrix_axes) for x in factors]
         if self.split_axis is None:
-            return spread[0]
-        sized = zip(spread, self.part_sizes, strict=True)
-        along = [jnp.repeat(x, size, self.split_axis) for x, size in sized]
+            return jnp.expand_dims(factors[0], self.matrix_axes)
+        along = [
+            jnp.repeat(jnp.expand_dims(x, self.matrix_axes), size, self.split_axis)
+            for x, size in zip(factors, self.part_sizes, strict=True)
+        ]
         factor = lax.concatenate(along, self.split_axis)
         axes = [axis if size > 1 else None for axis, size in enumerate(factor.shape)]
         return sharding.reshard_as(a, factor, axes)
@@ -270,7 +272,7 @@ class BoundedLeaves:
         remaining = iter(factors)
         for i, spec in self._specs.items():
             a = jnp.asarray(unbox(leaves[i]))
-            factor = spec.spread([next(remaining) for _ in spec.parts], a)
+            factor = spec.spread(list(itertools.islice(remaining, len(spec.parts))), a)
             leaves[i] = replace_boxed(likes[i], factor.astype(a.dtype) * a)
         return jax.tree.map(
             lambda x, old: x if x is old else jnp.asarray(x, jnp.result_type(old)),
@@ -285,7 +287,7 @@ class BoundedLeaves:
             leaves = self._treedef.flatten_up_to(tree)
         remaining = iter(values)
         for i, spec in self._specs.items():
-            parts = [next(remaining) for _ in spec.parts]
+            parts = list(itertools.islice(remaining, len(spec.parts)))
             leaves[i] = replace_boxed(leaves[i], spec.join(parts, unbox(leaves[i])))
         return self._treedef.unflatten(leaves)
 
@@ -443,7 +445,7 @@ def _matrix_spec(
             f"weight_dimension_numbers has {numbers} {where}, which names an axis twice. "
             "An axis is a reduction, an output, or, unnamed, a batch axis."
         )
-    batch = tuple(axis for axis in range(len(shape)) if axis not in named)
+    batch = tuple(sorted(set(range(len(shape))) - set(named)))
     spec = MatrixSpec(shape, batch, reduction, output)
     if isinstance(numbers, MuonDimensionNumbers):
         return spec
