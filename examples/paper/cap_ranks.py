@@ -24,7 +24,7 @@ class Flags:
     What the table has is not trained again.
     """
 
-    models: tuple[Name, ...] = ("gpt", "vit", "swin", "gpt-wide")
+    models: tuple[Name, ...] = ("gpt", "vit", "swin")
     """What to train."""
     ranks: tuple[int, ...] = (0, 8, 16, 32, 64)
     """Singular values that are lowered, 0 for no cap."""

@@ -69,7 +69,7 @@ def prepare(flags: Flags) -> Problem:
     """What to train.
 
     Raises:
-        ValueError: If a flag is out of range.
+        ValueError: If a flag is out of range, or if there is nothing to report.
     """
     if flags.steps < POINTS or not flags.runs:
         raise ValueError(f"--steps must be at least {POINTS}, and --runs has to name an optimizer.")
@@ -82,7 +82,15 @@ def prepare(flags: Flags) -> Problem:
     changes = {"steps": flags.steps, "decay": flags.decay}
     if flags.batch is not None:
         changes["batch"] = flags.batch
-    return problems.load(flags.model, flags.data, **changes)
+    problem = problems.load(flags.model, flags.data, **changes)
+    if flags.report and Runs(flags, problem).are_none:
+        raise ValueError(
+            f"--report: {flags.table} has no run of {flags.model} on {problem.data} with "
+            f"{flags.steps} steps, batches of {problem.config.batch} and --decay {flags.decay}. The "
+            "default text is the standard library of this Python, and differs from version to "
+            "version. Leave --report out to train, or use the Python that the runs were made with."
+        )
+    return problem
 
 
 def main(flags: Flags, problem: Problem) -> None:
@@ -158,6 +166,11 @@ class Runs:
             "decay": problem.config.decay,
         }
         self._table = RunTable(flags.table, flags.out / ".locks", common)
+
+    @property
+    def are_none(self) -> bool:
+        """Whether the table has no run of the problem."""
+        return self._table.find({}) is None
 
     def losses(self, name: str) -> Callable[[Settings], float]:
         """The validation loss of an optimizer's trials, inf for none."""

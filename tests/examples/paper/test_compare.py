@@ -82,6 +82,17 @@ def test_a_report_shows_the_optimizers_that_have_a_fresh_seed(tmp_path, trained,
     assert (tmp_path / "seconds.png").stat().st_size > 10_000
 
 
+def test_a_report_without_a_run_is_an_error_that_names_what_was_looked_for(tmp_path, trained):
+    flags = flags_of(tmp_path, report=True)
+    with pytest.raises(
+        ValueError, match=r"table\.jsonl has no run of llama on python .* 800 steps"
+    ):
+        compare.prepare(flags)
+    training = dataclasses.replace(flags, report=False)
+    compare.Runs(training, compare.prepare(training)).get("adamw", "tuning", 0, {})
+    compare.prepare(flags)
+
+
 def test_the_table_of_the_repository_has_every_run_once_and_whole():
     lines = [json.loads(line) for line in compare.Flags.table.read_text().splitlines()]
     common = ["model", "data", "batch", "steps", "decay"]
