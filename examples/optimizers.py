@@ -129,7 +129,7 @@ def make_at(
 
 
 def is_decayed(params: optax.Params) -> optax.Params:
-    """Kernels and embeddings, but no biases, norms, positions or class tokens."""
+    """Kernels and embeddings (of a GPT, also that of positions), and nothing else."""
 
     def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
         return _name(path).rpartition("/")[2] in ("kernel", "embedding")
@@ -201,11 +201,13 @@ def _adamw2(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTr
     return adamw2(rate, **_adam(s), tau=s.tau, growth=s.growth, weight_dimension_numbers=numbers)
 
 
-def _adamw2_cap(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
+def _adamw2_cap(
+    rate: optax.Schedule, s: Settings, numbers: Any, tau: float | None = None
+) -> optax.GradientTransformation:
     return adamw2(
         rate,
         **_adam(s),
-        tau=s.tau,
+        tau=s.tau if tau is None else tau,
         growth=s.growth,
         weight_dimension_numbers=numbers,
         cap_rank=s.cap_rank,
@@ -214,7 +216,7 @@ def _adamw2_cap(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.Gradie
 
 
 def _adamw_cap(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
-    return _adamw2_cap(rate, dataclasses.replace(s, tau=math.inf), numbers)
+    return _adamw2_cap(rate, s, numbers, tau=math.inf)
 
 
 def _radam(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
@@ -255,16 +257,20 @@ def _schedule_free(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.Gra
 
 
 def _muon(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
-    return optax.contrib.muon(
+    # The Adam within `optax.contrib.muon` has Nesterov momentum, and decays norms and biases.
+    hidden = is_hidden_kernel(numbers, is_numbers)
+    muon = optax.contrib.muon(
         rate,
         weight_decay=s.weight_decay,
-        weight_decay_mask=is_decayed,
-        adam_b1=s.b1,
-        adam_b2=s.b2,
-        adam_weight_decay=s.weight_decay,
-        adam_learning_rate=lambda count: s.adam_share * rate(count),
-        muon_weight_dimension_numbers=_hidden_kernels(numbers),
+        muon_weight_dimension_numbers=rivals.only_hidden(numbers, hidden),
     )
+    labels = jax.tree.map(lambda is_hidden: "muon" if is_hidden else "others", hidden)
+    return optax.partition({"muon": muon, "others": _others(rate, s)}, labels)
+
+
+def _others(rate: optax.Schedule, s: Settings) -> optax.GradientTransformation:
+    """AdamW for what Muon and its kind do not take, at a share of the rate."""
+    return optax.adamw(lambda count: s.adam_share * rate(count), **_adam(s))
 
 
 def _gi_adamw(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
@@ -296,8 +302,7 @@ def _keep_norm(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.Gradien
 
 
 def _adam_h(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
-    adam = optax.adamw(lambda count: s.adam_share * rate(count), **_adam(s))
-    return optax.chain(adam, _hyperball(rate, numbers))
+    return optax.chain(_others(rate, s), _hyperball(rate, numbers))
 
 
 def _muon_h(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTransformation:
@@ -336,7 +341,7 @@ def _normuon(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientT
         rate,
         numbers,
         is_hidden_kernel(numbers, is_numbers),
-        optax.adamw(lambda count: s.adam_share * rate(count), **_adam(s)),
+        _others(rate, s),
         weight_decay=s.weight_decay,
         mask=is_decayed,
     )

@@ -54,7 +54,9 @@ def scion(
 
     steps: dict[Hashable, optax.GradientTransformation] = {
         "spectral": optax.chain(
-            scale_by_muon(beta=b1, nesterov=False, weight_dimension_numbers=_only(numbers, hidden)),
+            scale_by_muon(
+                beta=b1, nesterov=False, weight_dimension_numbers=only_hidden(numbers, hidden)
+            ),
             _of_matrices(to_output, numbers, hidden),
         ),
         "sign": optax.chain(
@@ -111,7 +113,7 @@ def normuon(
         return 0.2 * u / (jnp.sqrt(jnp.mean(u**2, axes, keepdims=True)) + 1e-10)
 
     muon = optax.chain(
-        scale_by_muon(beta=b1, weight_dimension_numbers=_only(numbers, hidden)),
+        scale_by_muon(beta=b1, weight_dimension_numbers=only_hidden(numbers, hidden)),
         _scale_by_units(b2, numbers, hidden),
         _of_matrices(to_one_size, numbers, hidden),
         optax.add_decayed_weights(weight_decay, mask),
@@ -148,13 +150,13 @@ def _of_matrices(
     function: Callable[[MuonDimensionNumbers, jax.Array], jax.Array], numbers: Any, hidden: Any
 ) -> optax.GradientTransformation:
     """A function of every hidden kernel's update."""
-    only = _only(numbers, hidden)
+    only = only_hidden(numbers, hidden)
     return optax.stateless(
         lambda updates, _: jax.tree.map(function, only, updates, is_leaf=is_numbers)
     )
 
 
-def _only(numbers: Any, hidden: Any) -> Any:
+def only_hidden(numbers: Any, hidden: Any) -> Any:
     """The numbers of hidden kernels, in a tree that is masked as `optax.partition` masks it."""
     return jax.tree.map(
         lambda n, is_hidden: n if is_hidden else optax.MaskedNode(),

@@ -72,7 +72,7 @@ def adamw2(
         cap_rank: How many leading singular values of Adam's update to lower to the smallest of
             them; by default none.
         cap_mask: The leaves whose updates are capped, see :func:`optax.masked`; by default all
-            that are bounded. The figures in the documentation are without embeddings and heads.
+            that are bounded. Our benchmarks cap neither embeddings nor heads.
 
     Returns:
         The corresponding :class:`optax.GradientTransformationExtraArgs`.

@@ -25,7 +25,7 @@ class WeylBoundState(NamedTuple):
     """State of :func:`scale_by_weyl_bound`.
 
     Every field but the first is a tree like the params, with ``None`` for a leaf that has nothing
-    there. No array in them has the shape of a param: :func:`optax.tree.map_params` passes each
+    there. None of them counts as params: :func:`optax.tree.map_params` passes each
     whole field to its ``transform_non_params``, and the result is a prefix of the state, which
     :func:`jax.jit` and :func:`jax.device_put` accept for shardings.
     """
@@ -123,7 +123,8 @@ def scale_by_weyl_bound(
             matrix of this standard deviation: a layer that starts at zero can then move.
             The paper has 0.
         max_std: With linear growth, a matrix counts as having a norm of at most
-            ``max_std * (sqrt(m) + sqrt(n))``, and a vector of at most ``sqrt(n)``. The default
+            ``max_std * (sqrt(m) + sqrt(n))``, and a vector of at most ``sqrt(n)``; a column of a
+            matrix, with reduction axes alone, counts as a matrix. The default
             is the usual standard deviation of a Transformer's initial weights.
         weight_dimension_numbers: How each leaf is read as matrices: a tree like the
             params with an :class:`optax.contrib.MuonDimensionNumbers` for each leaf or
@@ -132,7 +133,10 @@ def scale_by_weyl_bound(
             reduction nor as output axes are batch axes, and every matrix of the batch has
             its own bound; a :class:`SplitDimensionNumbers` cuts a fused leaf into parts. By
             default, ranks 0 and 1 are scalars and vectors (bounded by their 2-norm), and above
-            that the last two axes are the matrix; if there are more, a warning is logged.
+            that the last two axes are the matrix; if there are more, a warning is logged. Gains
+            and biases that are stacked over layers, (layers, d), are then read as one matrix:
+            give a specification. Within :func:`optax.inject_hyperparams`, name a function in
+            ``static_args``.
             :func:`weyl_optax.dimension_numbers_from` reads the params of any model from its
             loss; for Flax NNX models see also :func:`weyl_optax.flax.dimension_numbers`.
         num_iters: Iterations, at least 1, of the estimator of :math:`\sigma_1` at each
@@ -209,9 +213,12 @@ def scale_by_weyl_bound(
         if cap_rank is None:
             return [0] * len(leaves.specs)
         mask = cap_mask(params) if is_function(cap_mask) else cap_mask
-        spread = lambda is_capped, part: jax.tree.map(lambda _: is_capped, part)  # noqa: E731
         try:
-            masks = jax.tree.map(spread, True if mask is None else mask, params)
+            masks = jax.tree.map(
+                lambda is_capped, part: jax.tree.map(lambda _: is_capped, part),
+                True if mask is None else mask,
+                params,
+            )
         except ValueError as error:
             raise ValueError(f"cap_mask does not fit the params: {error}") from None
         is_capped = leaves.of_each_part(masks)
@@ -223,9 +230,9 @@ def scale_by_weyl_bound(
     def init_fn(params: optax.Params) -> WeylBoundState:
         if is_placeholder(params):
             return WeylBoundState(*[0] * len(WeylBoundState._fields))  # type: ignore
-        if weight_dimension_numbers is None:
-            warn_of_reading_by_rank(params)
         leaves = BoundedLeaves(params, weight_dimension_numbers)
+        if weight_dimension_numbers is None:
+            warn_of_reading_by_rank(leaves)
         ranks = ranks_of(leaves, params)
 
         def of_each(make: Callable[..., Any], *more: Any) -> Any:
@@ -254,14 +261,14 @@ def scale_by_weyl_bound(
             )
         leaves = BoundedLeaves(params, weight_dimension_numbers, updates)
         n, ranks = len(leaves.specs), ranks_of(leaves, params)
-        _check_reading(leaves, ranks, state)
         weights = list(map(jnp.asarray, leaves.of(params)))
-        wide = [
+        _check_reading(leaves, weights, ranks, state)
+        matrices = [
             jnp.asarray(u).astype(iteration.compute_dtype(w))
             for u, w in zip(leaves.of(updates), weights, strict=True)
         ]
         sigmas, blocks, excesses = iteration.search(
-            weights + wide,
+            weights + matrices,
             leaves.specs * 2,
             leaves.of(state.weight_block) + leaves.of(state.update_block),
             # A cold start at the first update, not in init: params may have been loaded since.
@@ -271,18 +278,26 @@ def scale_by_weyl_bound(
         )
         for i, (spec, rank) in enumerate(zip(leaves.specs, ranks, strict=True)):
             if rank:
-                wide[i] = iteration.without_excess(wide[i], spec, blocks[n + i], excesses[n + i])
-        taken = leaves.put(wide, updates)
+                matrices[i] = iteration.without_excess(
+                    matrices[i], spec, blocks[n + i], excesses[n + i]
+                )
+        step = leaves.put(matrices, updates)
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
             strength: Any = decay_at(state.bound_count)
             decay = optax.add_decayed_weights(strength, weight_decay_mask)
-            taken, _ = decay.update(taken, decay.init(params), params)
-        max_growth, rate = tau_at(state.bound_count), rate_at(state.bound_count)
+            step, _ = decay.update(step, decay.init(params), params)
+        tau_now, rate = tau_at(state.bound_count), rate_at(state.bound_count)
         scales = []
-        for spec, of_weight, of_update in zip(leaves.specs, sigmas[:n], sigmas[n:], strict=True):
-            reference = _reference(spec, of_weight, growth, min_std, max_std)
-            scales.append(_scale(reference, of_update, max_growth, rate))
-        return leaves.times(scales, taken, updates), WeylBoundState(
+        for spec, weight, update in zip(leaves.specs, sigmas[:n], sigmas[n:], strict=True):
+            reference = _reference(spec, weight, growth, min_std, max_std)
+            scales.append(_scale(reference, update, tau_now, rate))
+        scaled = list(map(MatrixSpec.times, leaves.specs, scales, leaves.of(step)))
+        bounded = jax.tree.map(
+            lambda new, old: new if new is old else jnp.asarray(new, jnp.result_type(old)),
+            leaves.put(scaled, step),
+            updates,
+        )
+        return bounded, WeylBoundState(
             bound_count=jnp.asarray(optax.safe_increment(state.bound_count)),
             weight_block=leaves.put(blocks[:n], state.weight_block),
             update_block=leaves.put(blocks[n:], state.update_block),
@@ -294,30 +309,39 @@ def scale_by_weyl_bound(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_reading(leaves: BoundedLeaves, ranks: Sequence[int], state: WeylBoundState) -> None:
+def _check_reading(
+    leaves: BoundedLeaves,
+    weights: Sequence[jax.Array],
+    ranks: Sequence[int],
+    state: WeylBoundState,
+) -> None:
     """Checks that the state was made for the current reading of the leaves, and for these ranks."""
-    for path, spec, rank, *kept in zip(
-        leaves.paths,
-        leaves.specs,
-        ranks,
-        leaves.of(state.sigma_weight),
-        leaves.of(state.weight_block),
-        leaves.of(state.update_block),
-        strict=True,
+    remedy = (
+        "Make the bound's state anew, and keep the optimizer's: jax.tree.map(lambda new, old: new "
+        "if isinstance(new, WeylBoundState) else old, solver.init(params), state, "
+        "is_leaf=lambda x: isinstance(x, WeylBoundState))"
+    )
+    try:
+        columns = map(leaves.of, (state.sigma_weight, state.weight_block, state.update_block))
+        kept = list(zip(*columns, strict=True))
+    except ValueError as error:
+        raise ValueError(f"The state was made for other params: {error}. {remedy}") from None
+    for path, spec, w, rank, of_leaf in zip(
+        leaves.paths, leaves.specs, weights, ranks, kept, strict=True
     ):
-        found = jax.tree.map(jnp.shape, kept)
-        blocks = [iteration.block_shape(spec), iteration.block_shape(spec, rank)]
-        if found != [spec.batch_shape, *blocks]:
-            was = f"norms of shape {found[0]}, blocks {found[1]} and {found[2]}"
+        sigma, *blocks = jax.tree.map(jnp.shape, of_leaf)
+        expected = [iteration.block_shape(spec), iteration.block_shape(spec, rank)]
+        dtype = iteration.compute_dtype(w)
+        dtypes = [block.dtype for block in of_leaf[1:] if block is not None]
+        if sigma != spec.batch_shape or blocks != expected or set(dtypes) - {dtype}:
+            was = f"norms of shape {sigma}, blocks {blocks[0]} and {blocks[1]}"
+            was += f" of {dtypes[0]}" if dtypes else ""
             cap = f", with a cap of rank {rank}" if rank else ""
             raise ValueError(
                 f"The leaf {path!r} of shape {spec.shape} is read as matrices {spec.matrix_shape} "
-                f"in a batch of shape {spec.batch_shape}{cap}, and the state was made for another "
-                "reading or rank: "
-                f"{'unbounded' if kept[0] is None else was}. Make the bound's state anew, and keep "
-                "the optimizer's: jax.tree.map(lambda new, old: new if isinstance(new, "
-                "WeylBoundState) else old, solver.init(params), state, "
-                "is_leaf=lambda x: isinstance(x, WeylBoundState))"
+                f"in a batch of shape {spec.batch_shape}, in {dtype}{cap}, and the state was made "
+                f"for another reading, rank or dtype: {'unbounded' if sigma is None else was}. "
+                f"{remedy}"
             )
 
 
@@ -344,8 +368,8 @@ def _scale(
     rate: jax.typing.ArrayLike,
 ) -> jax.Array:
     """min(1, tau reference / (rate sigma_1(U)))."""
-    growth = jnp.asarray(tau, reference.dtype)
-    allowed = jnp.where(growth == jnp.inf, growth, growth * reference)  # inf * 0 is NaN
+    tau = jnp.asarray(tau, reference.dtype)
+    allowed = jnp.where(tau == jnp.inf, tau, tau * reference)  # inf * 0 is NaN
     wanted = jnp.asarray(rate, reference.dtype) * sigma_update
     # NaN is not <= anything. A matrix with an entry that is not finite takes no step, and that
     # entry stays not finite.

@@ -101,9 +101,9 @@ def _measured(state: WeylBoundState | Mapping[str, Any]) -> dict[str, jax.Array]
 
 
 def _all_of(measured: Mapping[str, jax.Array], quantity: str) -> jax.Array:
-    """The values of all matrices; if there are none, 1, the scale without a bound."""
+    """The values of all matrices; if there are none, NaN, and for the scale 1."""
     found = [jnp.ravel(x) for name, x in measured.items() if name.rpartition("/")[2] == quantity]
-    return jnp.concatenate(found) if found else jnp.ones(1)
+    return jnp.concatenate(found or [jnp.array([1.0 if quantity == "scale" else jnp.nan])])
 
 
 @jax.jit  # eagerly, each call moves constants to the device, which jax.transfer_guard forbids

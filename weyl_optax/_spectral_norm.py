@@ -18,7 +18,7 @@ def spectral_norm(
 ) -> Any:
     """Estimate the largest singular value of every matrix in a tree.
 
-    Runs block power iteration from a fixed random start. Except for rounding, the
+    Runs orthogonal iteration from a fixed random start. Except for rounding, the
     estimate is never above the exact norm, and it rises to it with ``num_iters``.
     The norms of vectors, scalars and matrices with a side of at most 16 are exact.
 

@@ -86,8 +86,8 @@ def prepare(flags: Flags) -> Problem:
     if flags.report and Runs(flags, problem).are_none:
         raise ValueError(
             f"--report: {flags.table} has no run of {flags.model} on {problem.data} with "
-            f"{flags.steps} steps, batches of {problem.config.batch} and --decay {flags.decay}. The "
-            "default text is the standard library of this Python, and differs from version to "
+            f"{flags.steps} steps, batches of {problem.config.batch} and --decay {flags.decay}. "
+            "The default text is the standard library of this Python, and differs from version to "
             "version. Leave --report out to train, or use the Python that the runs were made with."
         )
     return problem

@@ -355,3 +355,27 @@ def test_none_leaves_a_leaf_unbounded():
     np.testing.assert_allclose(bounded["w"], 0.1 * np.eye(3), rtol=1e-6)
     np.testing.assert_array_equal(bounded["v"], np.eye(3))
     assert state.bound_scale["v"] is None
+
+
+def test_injected_iterations_below_one_are_one():
+    w, u = (jax.random.normal(jax.random.key(i), (40, 30)) for i in range(2))
+    found = []
+    for num_iters in (0, 1):
+        solver = optax.inject_hyperparams(scale_by_weyl_bound)(1e-3, num_iters=num_iters)
+        state = solver.init(w)
+        for _ in range(2):
+            updates, state = solver.update(u, state, w)
+        found.append(updates)
+    np.testing.assert_array_equal(*found)
+    assert np.linalg.norm(found[0], 2) < 1e-2
+
+
+def test_a_cpu_solves_one_small_problem_at_a_time_under_vmap():
+    """See `small_problems`: batches of them can wait for each other for ever."""
+    w = jnp.ones((6, 40, 30))
+    solver = scale_by_weyl_bound(cap_rank=4)
+    state = jax.vmap(solver.init)(w)
+    text = jax.jit(jax.vmap(solver.update)).lower(w, state, w).as_text()
+    calls = [line for line in text.splitlines() if "lapack" in line]
+    assert calls
+    assert not any("tensor<6x" in line for line in calls)

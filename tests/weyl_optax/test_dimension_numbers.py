@@ -58,6 +58,8 @@ BAD = [
     ({"w": MuonDimensionNumbers(0, 0)}, r"'w' of shape \(3, 4\), which names an axis twice"),
     ({"w": MuonDimensionNumbers(0, (1, -1))}, "names an axis twice"),
     ({"w": MuonDimensionNumbers(-3, 1)}, "axis -3 is out of bounds"),
+    ({"w": MuonDimensionNumbers(None, 1)}, r"reduction_axis=None.* for the leaf 'w'"),
+    ({"w": MuonDimensionNumbers(0, "1")}, r"output_axis='1'.* for the leaf 'w'"),
     ({}, r"no entry for the leaf 'w' of shape \(3, 4\)"),
     ({"w": MuonDimensionNumbers(), "v": None}, "an entry at 'v', where params has no leaf"),
     ({"w": (0, 1)}, r"no entry for the leaf 'w'"),

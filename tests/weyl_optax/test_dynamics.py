@@ -161,6 +161,12 @@ def jacobian(p_of, v):
     return jax.jacobian(of_columns)(by_columns(v))
 
 
+def test_relative_representation_change_of_low_precision_params_and_wide_updates():
+    w, x = jnp.eye(3, dtype=jnp.bfloat16), jnp.ones((8, 3), jnp.bfloat16)
+    change = relative_representation_change(lambda w, x: x @ w, w, -0.125 * jnp.eye(3), x)
+    np.testing.assert_allclose(change, 0.125, rtol=1e-2)
+
+
 def test_proposition_1(normal):
     """The Jacobians of P = X^T W_q^T W_k X, with the tokens in the columns of X."""
     x, query, key = normal(4, 3), normal(2, 4), normal(2, 4)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax import by_head, by_unit, scale_by_weyl_bound, tabulate
+from weyl_optax import adamw2, bound_metrics, by_head, by_unit, scale_by_weyl_bound, tabulate
 from weyl_optax.flax import dimension_numbers
 
 rule_1 = functools.partial(scale_by_weyl_bound, growth="exponential")
@@ -75,14 +75,38 @@ def test_what_units_do_not_guarantee_is_as_much_as_the_docstring_says():
     np.testing.assert_allclose(growth, 3 * TAU, rtol=1e-5)
 
 
+def test_units_grow_linearly_from_the_usual_size_of_a_column_on():
+    w = 0.02 * jax.random.normal(jax.random.key(0), (64, 9))
+    bound = scale_by_weyl_bound(TAU, weight_dimension_numbers=by_unit())
+    state, update = bound.init(w), jax.jit(bound.update)
+    most = TAU * 0.02 * (8 + 1)  # of an (m, 1) Gaussian matrix
+    for _ in range(60):
+        before = np.linalg.norm(w, axis=0)
+        updates, state = update(1e3 * w, state, w)
+        w = w + updates
+        expected = before + np.minimum(TAU * before, most)
+        np.testing.assert_allclose(np.linalg.norm(w, axis=0), expected, rtol=1e-5)
+
+
+def test_a_function_that_is_injected_as_a_schedule_is_an_error():
+    params = {"w": jnp.ones((8, 12))}
+    solver = optax.inject_hyperparams(adamw2)(0.1, weight_dimension_numbers=by_unit())
+    with pytest.raises(ValueError, match=r'static_args=\("weight_dimension_numbers",\)'):
+        solver.init(params)
+    make = optax.inject_hyperparams(adamw2, static_args=("weight_dimension_numbers",))
+    solver = make(0.1, weight_dimension_numbers=by_unit())
+    _, state = solver.update(params, solver.init(params), params)
+    assert bound_metrics(state)["w/scale"].shape == (12,)
+
+
 def test_specifications_of_every_kind_are_refined():
     tree = {"a": MuonDimensionNumbers(0, 1), "b": None, "c": MuonDimensionNumbers((), 0)}
-    units = {"a": MuonDimensionNumbers((), 0), "b": None, "c": MuonDimensionNumbers((), 0)}
+    units = {"a": MuonDimensionNumbers(0, ()), "b": None, "c": MuonDimensionNumbers((), 0)}
     assert by_unit(tree) == units
     assert by_unit(lambda params: tree)(None) == units
     masked = tree | {"d": optax.MaskedNode()}
     assert by_unit(masked) == units | {"d": optax.MaskedNode()}
-    assert by_unit(MuonDimensionNumbers(0, 1)) == MuonDimensionNumbers((), 0)
+    assert by_unit(MuonDimensionNumbers(0, 1)) == MuonDimensionNumbers(0, ())
     params = {"a": jnp.ones((3, 4, 5)), "c": jnp.ones(2), "n": jnp.arange(3)}
     assert tabulate(params, by_unit()) == (
         "path  shape      read as\n"

@@ -63,6 +63,15 @@ def test_scalars_for_a_logger():
         np.testing.assert_allclose(metrics[f"optimizer/{name}"], value, rtol=1e-6)
 
 
+def test_scalars_of_a_bound_without_matrices():
+    found = bound_metrics(scale_by_weyl_bound().init({}), scalars=True)
+    for name in ("min", "median", "max"):
+        assert found[f"scale/{name}"] == 1
+        assert np.isnan(found[f"sigma_weight/{name}"])
+        assert np.isnan(found[f"sigma_update/{name}"])
+    assert found["bounded_fraction"] == 0
+
+
 def test_two_bounds_of_one_leaf_are_both_there():
     params = updates = {"w": jnp.eye(3)}
     solver = optax.chain(rule_1(0.5), rule_1(0.1))

@@ -118,9 +118,9 @@ def test_what_units_and_heads_make_of_parts():
     assert by_head(numbers)["attention"] == MuonDimensionNumbers((0,), (2,))
     interleaved = {"attention": SplitDimensionNumbers(0, (1, 2), 2, (3, 3))}
     assert by_head(interleaved)["attention"] == SplitDimensionNumbers((0,), (2,), 2, (3, 3))
-    assert by_unit(numbers)["mlp"] == MuonDimensionNumbers((), 0)
+    assert by_unit(numbers)["mlp"] == MuonDimensionNumbers(0, ())
     rows = {"mlp": SplitDimensionNumbers(0, 1, 0, (12, 12))}
-    assert by_unit(rows)["mlp"] == SplitDimensionNumbers((), 0, 0, (12, 12))
+    assert by_unit(rows)["mlp"] == SplitDimensionNumbers(0, (), 0, (12, 12))
     assert tabulate(params, numbers).splitlines()[1:] == [
         "attention  (24, 8, 6)  1 matrix of 24 x 24, 1 matrix of 24 x 18, 1 matrix of 24 x 6",
         "mlp        (24, 60)    1 matrix of 24 x 40, 1 matrix of 24 x 20",

@@ -141,17 +141,10 @@ def test_wrong_arguments_are_errors():
         sharpness(loss, params, (X, Y), num_iters=0)
     with pytest.raises(ValueError, match=r"no optax\.ScaleByAdamState"):
         adam_preconditioner(optax.sgd(0.1).init(params))
-    with pytest.raises(ValueError, match="factor must be at least 1"):
-        critical_learning_rate(loss, params, params, (X, Y), target=1.0, factor=0.5)
-
-
-def test_a_factor_of_one_ends_and_a_start_at_zero_is_an_error():
-    params = make_params()
-    down = jax.tree.map(jnp.negative, jax.grad(loss)(params, (X, Y)))
-    rate, _ = critical_learning_rate(loss, params, down, (X, Y), target=1.0, factor=1.0)
-    assert float(rate) == pytest.approx(1e-4)
+    with pytest.raises(ValueError, match="factor must be above 1"):
+        critical_learning_rate(loss, params, params, (X, Y), target=1.0, factor=1.0)
     with pytest.raises(ValueError, match="initial must be above 0"):
-        critical_learning_rate(loss, params, down, (X, Y), target=1.0, initial=0.0)
+        critical_learning_rate(loss, params, params, (X, Y), target=1.0, initial=0.0)
 
 
 def test_two_adams_are_not_taken_for_one():

@@ -371,6 +371,19 @@ def test_a_state_that_was_made_for_another_reading(before, after):
     assert np.isfinite(updates["q"]).all()
 
 
+def test_a_state_of_other_params_or_of_another_dtype(x64):
+    solver = adamw2(0.1)
+    params = {"w": jnp.ones((60, 40), jnp.float32)}
+    state = solver.init(params)
+    for other, message in (
+        ({"w": params["w"].astype(jnp.float64)}, r"'w' .* in float64, .* of float32\. Make"),
+        (params | {"b": jnp.ones(40)}, "state was made for other params: .*. Make the bound's"),
+    ):
+        bound = state[1]
+        with pytest.raises(ValueError, match=message):
+            scale_by_weyl_bound().update(other, bound, other)
+
+
 def test_a_state_of_another_rank():
     params = {"w": jnp.ones((60, 40))}
     state = adamw2(0.1, cap_rank=4).init(params)

@@ -11,7 +11,7 @@ The columns of :math:`Q P` and :math:`V` are then estimates of the leading singu
 :math:`\Lambda^{1/2}` of the singular values, from below. An iteration reads :math:`A` twice, and
 costs hardly more than with a single vector, since the products are bound by reading :math:`A`.
 
-After a long search, a block may be blind to what is new in :math:`A`, so its last vectors are
+After a long search, a block may be orthogonal to what is new in :math:`A`, so its last vectors are
 drawn afresh in each iteration. Their images find columns of :math:`A` that stand out, and the
 fifth power of an image, entry by entry, a row that stands out.
 
@@ -41,7 +41,7 @@ are not stacked, and what is done with a leaf depends only on its shape and read
 import functools
 import math
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,14 +74,10 @@ def compute_dtype(x: Any) -> Any:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def real_dtype(x: Any) -> Any:
-    """The dtype of a leaf's norms."""
-    return jnp.finfo(compute_dtype(x)).dtype
-
-
 def zero_norms(a: Any, spec: MatrixSpec) -> jax.Array:
     """The norms before the first search: zeros, shape (*batch,)."""
-    norms = sharding.vary_as(a, jnp.zeros(spec.batch_shape, real_dtype(a)))
+    dtype = jnp.finfo(compute_dtype(a)).dtype
+    norms = sharding.vary_as(a, jnp.zeros(spec.batch_shape, dtype))
     return sharding.reshard_as(a, norms, spec.batch)
 
 
@@ -139,11 +135,7 @@ def search(
     fixed = lax.stop_gradient((list(leaves), list(blocks)))
     found = _search(tuple(specs), ranks, *fixed, num_iters, seed)
     sigmas, leading, new, excesses = map(list, zip(*found, strict=True)) if found else ([],) * 4
-    sigmas = list(map(_differentiable, specs, leaves, leading, sigmas))
-    for i, rank in enumerate(ranks):
-        if rank:
-            sigmas[i] = _no_derivative(sigmas[i], leaves[i])
-            excesses[i] = _no_derivative(excesses[i], leaves[i])
+    sigmas = list(map(_differentiable, specs, ranks, leaves, leading, sigmas))
     return Search(sigmas, new, excesses)
 
 
@@ -160,11 +152,10 @@ def without_excess(
     labels = Labels.of(spec)
     rank = excess.shape[labels.image.index("y")]
     v = lax.slice_in_dim(block, 0, rank, axis=labels.block.index("y"))
+    x, y = (labels.image, excess), (labels.block, jnp.conj(v))
     # Columns before rows: the product is then laid out like the leaf.
-    sides = sorted([(labels.image, excess), (labels.block, jnp.conj(v))],
-                   key=lambda side: side[0].index("y") == len(labels.batch))  # fmt: skip
-    expression = f"{sides[0][0]},{sides[1][0]}->{labels.leaf}"
-    return u - _einsum(u, labels, lax.Precision.HIGH, expression, sides[0][1], sides[1][1])
+    (columns, c), (rows, r) = (x, y) if labels.image.endswith("y") else (y, x)
+    return u - _einsum(u, labels, lax.Precision.HIGH, f"{columns},{rows}->{labels.leaf}", c, r)
 
 
 class Labels(NamedTuple):
@@ -262,7 +253,7 @@ def _iterate(
     of_sigmas, _, of_left = jax.eval_shape(iteration, blocks, seed)
     sigmas, blocks, left = lax.fori_loop(
         0,
-        jnp.ceil(num_iters).astype(jnp.int32),
+        jnp.maximum(jnp.ceil(num_iters), 1).astype(jnp.int32),
         lambda i, results: iteration(results[1], seed * COLD_ITERS + i),
         (  # The blocks are all that an iteration takes from the one before.
             list(map(sharding.zeros_of, leaves, of_sigmas)),
@@ -519,22 +510,27 @@ def _einsum(
     return jnp.einsum(expression, *operands, precision=precision, out_sharding=laid)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _differentiable(
-    spec: MatrixSpec, a: jax.Array, v: jax.Array | None, sigma: jax.Array
+    spec: MatrixSpec, rank: int, a: jax.Array, v: jax.Array | None, sigma: jax.Array
 ) -> jax.Array:
     """The norms of the leaf `a`, with their derivative; `v` as from `_search`."""
-    del spec, a, v
+    del spec, rank, a, v
     return sigma
 
 
 @_differentiable.defjvp
-def _derivative(spec: MatrixSpec, primals: Any, tangents: Any) -> Any:
+def _derivative(spec: MatrixSpec, rank: int, primals: Any, tangents: Any) -> Any:
     """Re(u^H dA v), of the singular vectors of the largest singular value; 0 for a zero matrix.
 
     With v from the block, u = A v over a length such that u^H A v is the estimate of the norm:
     then the derivative along A is the estimate too, as it should be for a norm.
     """
+    if rank:
+        raise NotImplementedError(
+            "A spectral cap has no derivative here. Put jax.lax.stop_gradient around the update "
+            "of the optimizer, or leave the cap out."
+        )
     a, v, sigma = primals
     a, da = (x.astype(compute_dtype(x)) for x in (a, tangents[0]))
     labels, axes = Labels.of(spec), spec.matrix_axes
@@ -552,26 +548,16 @@ def _derivative(spec: MatrixSpec, primals: Any, tangents: Any) -> Any:
     return sigma, inner / jnp.where(square > 0, square, 1)
 
 
-def _undifferentiable(message: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """A function that returns X, and whose derivative along the leaf `a` is an error."""
-
-    @jax.custom_jvp
-    def unchanged(x: jax.Array, a: jax.Array) -> jax.Array:
-        del a
-        return x
-
-    @unchanged.defjvp
-    def derivative(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(message)
-
-    return unchanged
+@jax.custom_jvp
+def _once_differentiable(x: jax.Array, a: jax.Array) -> jax.Array:
+    """X, whose derivative along the leaf `a` is an error."""
+    del a
+    return x
 
 
-_once_differentiable = _undifferentiable(
-    "A spectral norm has no second derivative here. Put jax.lax.stop_gradient around the "
-    "norm, or around the update of the optimizer, in the inner derivative."
-)
-_no_derivative = _undifferentiable(
-    "A spectral cap has no derivative here. Put jax.lax.stop_gradient around the update of the "
-    "optimizer, or leave the cap out."
-)
+@_once_differentiable.defjvp
+def _second_derivative(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "A spectral norm has no second derivative here. Put jax.lax.stop_gradient around the "
+        "norm, or around the update of the optimizer, in the inner derivative."
+    )

@@ -4,7 +4,7 @@ On a CPU, jaxlib (0.8 to 0.10, `ParallelBatchMap` of its LAPACK kernels) spreads
 batch over XLA's thread pool, and waits for the parts in one of the pool's own threads. With
 few threads, two batches in one program (two groups of an `optax.partition`, say) can then wait
 for each other forever. https://github.com/jax-ml/jax/issues/39292 is about the same code.
-So a CPU gets one matrix at a time.
+So a CPU gets one matrix at a time, also under a `vmap`.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -25,7 +25,8 @@ def together(fn: Callable[[jax.Array], Any], matrices: Sequence[jax.Array]) -> l
     """
 
     def one_by_one(matrices: Sequence[jax.Array]) -> list[Any]:
-        return [fn(x) if x.ndim == 2 else _mapped(fn, x) for x in matrices]
+        one = jax.custom_batching.sequential_vmap(fn)
+        return [one(x) if x.ndim == 2 else _mapped(one, x) for x in matrices]
 
     def at_once(matrices: Sequence[jax.Array]) -> list[Any]:
         kinds: dict[Hashable, list[int]] = {}

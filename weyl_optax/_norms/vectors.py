@@ -76,7 +76,7 @@ def radial(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
 def tangent(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The part of `u` orthogonal to the vectors of `w`; all of it, where these are zero."""
     w, _ = _scaled(w, spec)
-    return u.astype(compute_dtype(u)) - times(_multiple(u, w, spec), w, spec)
+    return u.astype(compute_dtype(u)) - spec.times(_multiple(u, w, spec), w)
 
 
 def _multiple(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
@@ -97,9 +97,4 @@ def _scaled(x: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
     _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
     exponent = jnp.clip(exponent, -126, 126)
     one = jnp.ones_like(largest)
-    return times(jnp.ldexp(one, -exponent), x, spec), jnp.ldexp(one, exponent)
-
-
-def times(factor: jax.Array, x: jax.Array, spec: MatrixSpec) -> jax.Array:
-    """Each vector of `x` times its own factor, (*batch)."""
-    return jnp.expand_dims(factor, spec.matrix_axes).astype(x.dtype) * x
+    return spec.times(jnp.ldexp(one, -exponent), x), jnp.ldexp(one, exponent)

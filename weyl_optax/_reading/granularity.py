@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from weyl_optax._reading.specification import (
     DimensionNumbers,
@@ -58,7 +59,7 @@ def by_unit(weight_dimension_numbers: WeightDimNumOrFn | None = None) -> WeightD
 
     def columns(entry: DimensionNumbers) -> DimensionNumbers:
         if axes_of(entry.reduction_axis):
-            return with_axes(entry, (), entry.reduction_axis)
+            return with_axes(entry, entry.reduction_axis, ())
         return entry
 
     return map_entries(columns, weight_dimension_numbers)
@@ -143,6 +144,14 @@ def map_entries(
 ) -> WeightDimNumOrFn:
     """The same specification with `fn` applied to each entry; unbounded leaves stay so."""
 
+    def checked(params: Any) -> Any:
+        if isinstance(params, jax.Array) and jnp.issubdtype(params.dtype, jnp.integer):
+            raise ValueError(
+                "weight_dimension_numbers was called with a step count. Within "
+                'optax.inject_hyperparams, write static_args=("weight_dimension_numbers",).'
+            )
+        return params
+
     def mapped(numbers: Any) -> Any:
         return jax.tree.map(
             lambda entry: fn(entry) if isinstance(entry, DimensionNumbers) else entry,
@@ -152,9 +161,9 @@ def map_entries(
 
     if weight_dimension_numbers is None:
         return lambda params: mapped(
-            jax.tree.map(lambda leaf: default_numbers(len(shape_of(leaf))), params)
+            jax.tree.map(lambda leaf: default_numbers(len(shape_of(leaf))), checked(params))
         )
     if is_function(weight_dimension_numbers):
         # What it gives for a params tree of one leaf may be None: unbounded, and not the default.
-        return lambda params: mapped(weight_dimension_numbers(params))
+        return lambda params: mapped(weight_dimension_numbers(checked(params)))
     return mapped(weight_dimension_numbers)

@@ -6,6 +6,7 @@ import math
 import optax
 
 from weyl_optax._reading.specification import (
+    BoundedLeaves,
     MatrixSpec,
     WeightDimNumOrFn,
     leaves_with_path,
@@ -48,14 +49,12 @@ def tabulate(params: optax.Params, weight_dimension_numbers: WeightDimNumOrFn | 
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
 
 
-def warn_of_reading_by_rank(params: optax.Params) -> None:
+def warn_of_reading_by_rank(leaves: BoundedLeaves) -> None:
     """Warns which leaves of more than two axes are read as stacks, without a specification."""
-    leaves, _ = leaves_with_path(params)
-    specs, _ = leaves_with_path(resolve_dimension_numbers(params, None))
     stacks = [
-        f"{path_name(path)} {spec.shape} as {reading(spec)}"
-        for (path, _), (_, spec) in zip(leaves, specs, strict=True)
-        if spec is not None and len(spec.shape) > 2
+        f"{path} {spec.shape} as {reading(spec)}"
+        for path, spec in zip(leaves.paths, leaves.specs, strict=True)
+        if len(spec.shape) > 2
     ]
     if stacks:
         logging.getLogger("weyl_optax").warning(

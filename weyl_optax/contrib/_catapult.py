@@ -70,8 +70,8 @@ def scale_by_catapult(
     The persistent catapult. It takes the place of :func:`optax.scale_by_learning_rate`, and
     needs no warmup length. The first step takes the critical rate along its update. That may
     raise the loss; as soon as it is below the loss at the last search, the rate is raised to the
-    new critical one. At ``target`` the search ends, and costs nothing more. (Derived, without
-    the paper's algorithm 3.)
+    new critical one. At ``target`` the search ends, and costs nothing more. (Our derivation: we
+    did not have the paper's algorithm 3.)
 
     Args:
         target: The largest rate.

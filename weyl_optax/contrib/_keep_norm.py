@@ -8,7 +8,7 @@ import optax
 
 from weyl_optax._bound import is_placeholder
 from weyl_optax._norms.orthogonal_iteration import zero_norms
-from weyl_optax._norms.vectors import Per, length, tangent, times, weight_vectors
+from weyl_optax._norms.vectors import Per, length, tangent, weight_vectors
 from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn
 
 
@@ -97,7 +97,7 @@ def keep_norm(
             for norm, w, spec in zip(leaves.of(state.norm), weights, leaves.specs, strict=True)
         ]
         kept = [
-            _step_on_sphere(jnp.asarray(u), w, norm, spec)
+            step_on_sphere(jnp.asarray(u), w, norm, spec)
             for u, w, norm, spec in zip(
                 leaves.of(updates), weights, norms, leaves.specs, strict=True
             )
@@ -107,11 +107,11 @@ def keep_norm(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _step_on_sphere(u: jax.Array, w: jax.Array, norm: jax.Array, spec: MatrixSpec) -> jax.Array:
+def step_on_sphere(u: jax.Array, w: jax.Array, norm: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The update that takes the weight to its sphere, without subtracting large numbers."""
     d = tangent(u, w, spec)
     w = w.astype(d.dtype)
     moved = jnp.hypot(length(w, spec), length(d, spec))
     scale = norm / jnp.where(moved > 0, moved, 1)
-    step = times(scale, d, spec) + times(scale - 1, w, spec)
+    step = spec.times(scale, d) + spec.times(scale - 1, w)
     return jnp.where(jnp.expand_dims(norm > 0, spec.matrix_axes), step, u).astype(u.dtype)

@@ -9,7 +9,7 @@ import optax
 from weyl_optax._arguments import as_schedule
 from weyl_optax._norms.vectors import Per, weight_vectors
 from weyl_optax._reading.specification import WeightDimNumOrFn, is_entry
-from weyl_optax.contrib._rotate import adamw_angle, rotate
+from weyl_optax.contrib._rotate import adamw_angle, rotate_vectors
 
 
 def scale_by_lion_a(
@@ -24,7 +24,7 @@ def scale_by_lion_a(
 
     The factor is the root mean square of Adam's update if the gradient is noise, so
     learning rate and weight decay carry over; with ``nesterov`` the factor is the same, and Adam's
-    update 4 % larger at :math:`\beta = 0.98`. (Derived, without the paper's text.)
+    update 4 % larger at :math:`\beta = 0.98`. (Our derivation; we did not have the paper's text.)
 
     Args:
         b: Decay rate :math:`\beta` of the momentum.
@@ -106,8 +106,8 @@ def lion_ar(
 
     Every unit of a matrix turns by the angle :math:`\sqrt{2 \eta_t \lambda \frac{1 - \beta}{1 +
     \beta}}`, which LionA with the weight decay :math:`\lambda` would reach in time, and keeps
-    its norm; see :func:`rotate`. Vectors, scalars and units with one input take LionA's
-    steps, without decay.
+    its norm; see :func:`rotate`. Vectors, scalars, units with one input and those that are zero
+    at the first update take LionA's steps, without decay.
 
     Args:
         learning_rate: As for :func:`optax.adamw`.
@@ -147,7 +147,7 @@ def lion_ar(
         scale_by_lion_a(b, nesterov=nesterov),
         optax.scale(-1.0),
         optax.masked(optax.scale_by_schedule(rate), is_not_rotated),
-        rotate(angle, weight_dimension_numbers, per=per),
+        rotate_vectors(angle, vectors, otherwise=rate),
     )
 
 

@@ -9,7 +9,7 @@ import optax
 from weyl_optax._arguments import check_above, check_below
 from weyl_optax._bound import is_placeholder
 from weyl_optax._norms.orthogonal_iteration import compute_dtype, zero_norms
-from weyl_optax._norms.vectors import length, times
+from weyl_optax._norms.vectors import length
 from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
 
 
@@ -43,7 +43,7 @@ def scale_by_noise_share(
     with the averages :math:`m_t` of the gradients and :math:`E_t` of their squared norms, both
     corrected for bias. :math:`r_t` is :math:`\|m_t\|^2 / E_t` if all is noise, so the share
     is right from the second update on. Nothing is known at the first update, which is set to
-    zero. (Derived, without the paper's text.)
+    zero. (Our derivation; we did not have the paper's text.)
 
     Args:
         inner_optimizer: Makes the updates. Gradients are measured before it, and its updates
@@ -130,7 +130,7 @@ def scale_by_noise_share(
             roots.append(new_root)
         updates, inner_state = optimizer.update(updates, state.inner_state, params, **extra_args)
         scaled = [
-            times(scale, jnp.asarray(u), spec)
+            spec.times(scale, jnp.asarray(u))
             for u, scale, spec in zip(leaves.of(updates), scales, leaves.specs, strict=True)
         ]
         return leaves.put(scaled, updates), NoiseShareState(

@@ -46,7 +46,8 @@ def qk_clip(
 
     Raises:
         ValueError: If ``threshold`` is not above 0, if ``update`` is called without params or
-            ``max_logits``, if these lack an attention, or if their shape does not fit.
+            ``max_logits``, if these lack an attention or have one of no layer, or if their shape
+            does not fit.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -82,19 +83,26 @@ def qk_clip(
             )
         leaves, structure = leaves_with_path(params)
         steps = structure.flatten_up_to(updates)
-        clipped = []
+        clipped, used = [], set()
         for (path, w), u in zip(leaves, steps, strict=True):
             layer = path_name(path[:-1])
             if u is None or not any(fnmatchcase(layer, pattern) for pattern in layers):
                 clipped.append(u)
                 continue
-            largest = _logits_of(path_name(path[:-2]), path_name(path), w, max_logits)
+            attention = path_name(path[:-2])
+            used.add(attention)
+            largest = _logits_of(attention, path_name(path), w, max_logits)
             # NaN is not <= anything: it passes into the weights.
             scale = jnp.sqrt(jnp.where(largest <= threshold, 1, threshold / largest))
             step = jnp.asarray(unbox(u))
             axes = range(largest.ndim - 1, step.ndim - 2)  # the features of a kernel
             scale = jnp.expand_dims(scale, (*axes, -1)).astype(step.dtype)
             clipped.append(replace_boxed(u, scale * step + (scale - 1) * w.astype(step.dtype)))
+        if unused := set(max_logits) - used:
+            raise ValueError(
+                f"max_logits has {sorted(unused)}, where no layer matches {layers}. Give layers=, "
+                "the patterns of the paths of a query's and a key's layer."
+            )
         return structure.unflatten(clipped), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

@@ -9,15 +9,16 @@ import optax
 from weyl_optax._arguments import as_schedule, check_at_least, check_below
 from weyl_optax._bound import is_placeholder
 from weyl_optax._norms.orthogonal_iteration import zero_norms
-from weyl_optax._norms.vectors import Per, length, tangent, times, weight_vectors
+from weyl_optax._norms.vectors import Per, length, tangent, weight_vectors
 from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
-from weyl_optax.contrib._keep_norm import keep_norm
+from weyl_optax.contrib._keep_norm import step_on_sphere
 
 
 class ScaleByAngleState(NamedTuple):
-    """State of the first part of :func:`rotate`."""
+    """State of :func:`rotate`."""
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] # shape=(), dtype=int32.
+    norm: Any  # A tree like the params; shape=batch. Set at the first update; -1 before.
     num_finite: Any  # A tree like the params; shape=batch. Number of updates in the mean.
     root_mean_square: Any  # The same; shape=batch. Of the norms of updates, not bias-corrected.
 
@@ -78,31 +79,28 @@ def rotate(
 
     .. seealso:: :func:`keep_norm`, :func:`lion_ar`
     """
-    return optax.chain(
-        _scale_by_angle(angle, weight_vectors(weight_dimension_numbers, per), decay),
-        keep_norm(weight_dimension_numbers, per=per),
-    )
+    return rotate_vectors(angle, weight_vectors(weight_dimension_numbers, per), decay)
 
 
-def _scale_by_angle(
+def rotate_vectors(
     angle: optax.ScalarOrSchedule,
     vectors: WeightDimNumOrFn,
-    decay: jax.typing.ArrayLike,
+    decay: jax.typing.ArrayLike = 0.9,
+    otherwise: optax.ScalarOrSchedule = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale every vector's update to `angle` times the norm of the vector, on average."""
+    """As `rotate`, where vectors that are zero at first take their update times `otherwise`."""
     check_at_least("angle", angle, 0)
     check_at_least("decay", decay, 0)
     check_below("decay", decay, 1)
 
     def init_fn(params: optax.Params) -> ScaleByAngleState:
         if is_placeholder(params):
-            return ScaleByAngleState(0, 0, 0)  # type: ignore
+            return ScaleByAngleState(0, 0, 0, 0)  # type: ignore
         leaves = BoundedLeaves(params, vectors)
         # Separate buffers, since a jitted step may donate the state.
-        zeros = (
-            leaves.put(list(map(zero_norms, leaves.of(params), leaves.specs))) for _ in range(2)
-        )
-        return ScaleByAngleState(jnp.zeros([], jnp.int32), *zeros)
+        norm, *zeros = (list(map(zero_norms, leaves.of(params), leaves.specs)) for _ in range(3))
+        kept = map(leaves.put, ([x - 1 for x in norm], *zeros))
+        return ScaleByAngleState(jnp.zeros([], jnp.int32), *kept)
 
     def update_fn(
         updates: optax.Updates,
@@ -114,17 +112,19 @@ def _scale_by_angle(
         if params is None:
             raise ValueError("rotate needs the params: call update(updates, state, params).")
         leaves = BoundedLeaves(params, vectors, updates)
-        eta = as_schedule(angle)(state.count)
-        scaled, counts, means = [], [], []
-        for u, w, count, root, spec in zip(
+        eta, rate = (as_schedule(x)(state.count) for x in (angle, otherwise))
+        stepped, norms, counts, means = [], [], [], []
+        for u, w, norm, count, root, spec in zip(
             leaves.of(updates),
             leaves.of(params),
+            leaves.of(state.norm),
             leaves.of(state.num_finite),
             leaves.of(state.root_mean_square),
             leaves.specs,
             strict=True,
         ):
             u, w = jnp.asarray(u), jnp.asarray(w)
+            norm = jnp.where(norm < 0, length(w, spec), norm)
             d = tangent(u, w, spec)
             moved = length(d, spec)
             # Values that are not finite pass into the update, but not into the state.
@@ -134,14 +134,16 @@ def _scale_by_angle(
             mean = jnp.hypot(jnp.sqrt(keep) * root, jnp.sqrt(1 - keep) * moved)
             new = jnp.where(finite, mean, root).astype(root.dtype)
             average = new / jnp.sqrt(1 - keep**count)
-            size = length(w, spec)
-            step = eta * size / jnp.where(average > 0, average, 1)
-            step = jnp.where(size > 0, step, 1)  # see keep_norm
-            scaled.append(times(step, d, spec).astype(u.dtype))
+            step = spec.times(eta * norm / jnp.where(average > 0, average, 1), d)
+            is_kept = jnp.expand_dims(norm > 0, spec.matrix_axes)  # see keep_norm
+            step = jnp.where(is_kept, step, jnp.asarray(rate, u.dtype) * u).astype(u.dtype)
+            stepped.append(step_on_sphere(step, w, norm, spec))
+            norms.append(norm)
             counts.append(count)
             means.append(new)
-        return leaves.put(scaled, updates), ScaleByAngleState(
+        return leaves.put(stepped, updates), ScaleByAngleState(
             jnp.asarray(optax.safe_increment(state.count)),
+            leaves.put(norms, state.norm),
             leaves.put(counts, state.num_finite),
             leaves.put(means, state.root_mean_square),
         )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from weyl_optax._norms.orthogonal_iteration import compute_dtype
@@ -45,6 +46,7 @@ def relative_representation_change(
         Kosson et al., `Analyzing & Reducing the Need for Learning Rate Warmup in GPT
         Training <https://arxiv.org/abs/2410.23922>`_, 2024
     """
+    updates = jax.tree.map(lambda u, p: jnp.asarray(u, jnp.result_type(p)), updates, params)
     output, change = jax.jvp(lambda p: fn(p, batch), (params,), (updates,))
     # A sum of squares of float16 overflows from a norm of 256 on.
     change, output = (

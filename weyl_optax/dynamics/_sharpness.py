@@ -179,7 +179,7 @@ def critical_learning_rate(
         below ``initial``, if that is already above the critical rate.
 
     Raises:
-        ValueError: If ``initial`` is not above 0, ``tolerance`` negative, or ``factor`` below 1.
+        ValueError: If ``initial`` or ``factor - 1`` is not above 0, or ``tolerance`` negative.
 
     Example:
         >>> import jax.numpy as jnp
@@ -195,7 +195,7 @@ def critical_learning_rate(
         Improvements <https://arxiv.org/abs/2406.09405>`_, 2024, algorithms 1 and 2
     """
     check_above("initial", initial, 0)
-    check_at_least("factor", factor, 1)
+    check_above("factor", factor, 1)
     check_at_least("tolerance", tolerance, 0)
 
     def loss_at(rate: jax.Array) -> jax.Array:
@@ -213,8 +213,7 @@ def critical_learning_rate(
 
     first = jnp.minimum(initial, target)
     lower, upper, loss, passes = lax.while_loop(
-        # With a factor of 1, the search would not end.
-        lambda carry: (carry[2] <= before) & (carry[0] < carry[1]) & (carry[1] < target),
+        lambda carry: (carry[2] <= before) & (carry[1] < target),
         grow,
         (jnp.zeros_like(first), first, loss_at(first), jnp.asarray(2)),
     )

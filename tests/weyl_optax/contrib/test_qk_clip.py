@@ -87,3 +87,15 @@ def test_the_threshold_may_be_a_hyperparameter_of_a_jitted_step():
     found, _ = jax.jit(solver.update)(params, solver.init(params), params, max_logits=logits)
     expected, _ = qk_clip(100.0).update(params, optax.EmptyState(), params, max_logits=logits)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_logits_of_no_layer_are_an_error():
+    params = make_params()
+    renamed = {"blocks": {"attention": {"q_proj": params["blocks"]["attention"]["query"]}}}
+    solver, largest = qk_clip(1.0), jnp.full((2, 3), 100.0)
+    for tree, logits_of in (
+        (renamed, {"blocks/attention": largest}),
+        (params, {"blocks/attention": largest, "blocks/other": largest}),
+    ):
+        with pytest.raises(ValueError, match=r"where no layer matches .*query.* Give layers="):
+            solver.update(tree, solver.init(tree), tree, max_logits=logits_of)
