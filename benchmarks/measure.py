@@ -48,6 +48,8 @@ def seconds(calls: Mapping[str, Callable[[], Any]], budget: float) -> dict[str, 
 
 def report(rows: list[dict[str, Any]], out: Path) -> None:
     """Prints rows as a table, and writes them as JSON."""
+    if not rows:
+        raise SystemExit("error: nothing to measure: name at least one.")
     columns = list(rows[0])
     cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
     print(tables.layout([columns, *cells]))

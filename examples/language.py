@@ -48,7 +48,7 @@ class Config(program.Config):
     sequence_length: int = 128
     """Tokens in a sequence, of which a batch has --batch."""
     validation_batches: int = 16
-    """Batches in a validation."""
+    """Batches of --batch sequences in a validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +75,7 @@ _GPT2 = Config(
     warmup=2000,
     log_every=10,
     validate_every=1000,
-    validation_batches=8,
+    validation_batches=1,
 )
 
 PRESETS = {
@@ -155,7 +155,7 @@ def held_out(config: Config, corpus: Corpus) -> list[np.ndarray]:
         corpus.validation,
         config.sequence_length,
         config.batch // config.accumulate,
-        config.validation_batches,
+        config.validation_batches * config.accumulate,
         ShardByJaxProcess(),
     )
 

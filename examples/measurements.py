@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from examples import optimizers
 from examples.watch import watch
 from models import layers
 from weyl_optax import bound_metrics, spectral_norm
@@ -37,7 +38,7 @@ def observe(
     def metrics(model: Any, opt_state: optax.OptState) -> dict[str, jax.Array]:
         products = [_qk(blocks) for blocks in stacks(model)]
         found = {"qk_sigma": jnp.concatenate(spectral_norm(products))}
-        return found | bound_metrics(opt_state) if name == "adamw2" else found
+        return found | bound_metrics(opt_state) if name in optimizers.ALONE else found
 
     return metrics
 

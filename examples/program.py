@@ -44,12 +44,14 @@ RANGES = {
     **dict.fromkeys(("steps", "log_every", "validate_every", "save_every"), Range(1, 10**9)),
     **dict.fromkeys(("warmup", "watch"), Range(0, 10**9)),
     **dict.fromkeys(("learning_rate", "tau", "weight_decay", "clip"), REAL),
-    **dict.fromkeys(("adam_share", "sign_share", "rand_augment", "mixup", "cutmix"), REAL),
+    **dict.fromkeys(("learning_rates", "taus", "target"), REAL),
+    **dict.fromkeys(("adam_share", "sign_share", "mixup", "cutmix"), REAL),
     **dict.fromkeys(("max_norm", "max_logit"), POSITIVE),
     **dict.fromkeys(("b1", "b2", "dropout", "stochastic_depth"), SHARE),
     **dict.fromkeys(("random_erasing", "label_smoothing"), SHARE),
     "seed": Range(0, 2**32 - 1),
     "cap_rank": Range(2, 10**6),
+    "rand_augment": Range(0, 10),
     "workers": Range(1, 1000),
 }
 
@@ -93,8 +95,8 @@ class Config(optimizers.Settings):
 
     def check_runs(self, steps: int, runs: Sequence[str]) -> None:
         """Raises ValueError where there is none, or where a warmup does not end before its run."""
-        if not runs:
-            raise ValueError("--runs: name at least one optimizer.")
+        if not runs or len(set(runs)) < len(runs):
+            raise ValueError("--runs: name at least one optimizer, and each once.")
         have_it = any("warmup" in optimizers.OPTIMIZERS[name].ranges for name in runs)
         if have_it and self.warmup >= steps:
             raise ValueError(f"--warmup {self.warmup}: it must be below the {steps} steps.")

@@ -86,5 +86,6 @@ def report(flags: Any, judged_by: str) -> None:
         figure = plots.learning_rates(lines["adamw2"])
         pictures.append(plots.save(figure, flags.out / "learning_rates.png"))
     print(table(runs))
-    print(verdict(runs, flags, judged_by))
+    if "adamw2" in runs:
+        print(verdict(runs, flags, judged_by))
     print("\nPictures: " + ", ".join(map(str, pictures)))

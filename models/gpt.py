@@ -1,6 +1,8 @@
 """GPT-2, initialized as in nanoGPT.
 
-Pre-norm blocks, learned positions, GELU, and a head tied to the token embedding.
+Pre-norm blocks, learned positions, GELU, and a head tied to the token embedding. There is no
+dropout within attention, and in bfloat16 the residual stream is bfloat16 too, which nanoGPT's
+autocast keeps in float32.
 The blocks are stacked and scanned over: one is compiled, whatever the depth, and
 the optimizer sees few large leaves with a leading layer axis.
 

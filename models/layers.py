@@ -70,6 +70,8 @@ class Attention(nnx.Module):
     def __init__(
         self, width: int, num_heads: int, linear: Linear, last: Linear, *, is_causal: bool = False
     ):
+        if width % num_heads:
+            raise ValueError(f"num_heads={num_heads} does not divide width={width}.")
         heads = num_heads, width // num_heads
         self.is_causal = is_causal
         self.query = linear(width, heads)

@@ -108,6 +108,11 @@ class Attention(layers.Attention):
         self, config: Config, linear: layers.Linear, last: layers.Linear, *, rngs: nnx.Rngs
     ):
         super().__init__(config.width, config.num_heads, linear, last, is_causal=True)
+        if config.width // config.num_heads % 2:
+            raise ValueError(
+                f"width={config.width} / num_heads={config.num_heads} must be even: rotary "
+                "positions turn pairs."
+            )
         self.base = config.rotary_base
         self.qk_norm = config.qk_norm
         if config.qk_norm:

@@ -1,7 +1,9 @@
 """The Vision Transformer of Dosovitskiy et al. (2020), at the sizes of timm and the paper.
 
-Pre-norm blocks over the patches of an image, learned positions, exact GELU. The blocks
-are stacked and scanned over, as in `models/gpt.py`.
+Pre-norm blocks over the patches of an image, learned positions, exact GELU. All kernels start as
+Xavier's truncated normal, also the head, where timm has a deviation of 0.02 and a head of zeros. A
+mean over the patches is taken after the last norm, where timm norms the mean. The blocks are
+stacked and scanned over, as in `models/gpt.py`.
 
 Shapes: B batch, R rows, C columns, T tokens, D width.
 """
@@ -74,6 +76,8 @@ class ViT(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
         P, D = config.patch_size, config.width
+        if config.image_size % P:
+            raise ValueError(f"patch_size={P} does not divide image_size={config.image_size}.")
         self.patch_embedding = nnx.Conv(
             config.num_channels,
             D,

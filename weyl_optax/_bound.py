@@ -332,7 +332,7 @@ def _check_reading(
         sigma, *blocks = jax.tree.map(jnp.shape, of_leaf)
         expected = [iteration.block_shape(spec), iteration.block_shape(spec, rank)]
         dtype = iteration.compute_dtype(w)
-        dtypes = [block.dtype for block in of_leaf[1:] if block is not None]
+        dtypes = [x.dtype for x in jax.tree.leaves(of_leaf[1:])]
         if sigma != spec.batch_shape or blocks != expected or set(dtypes) - {dtype}:
             was = f"norms of shape {sigma}, blocks {blocks[0]} and {blocks[1]}"
             was += f" of {dtypes[0]}" if dtypes else ""

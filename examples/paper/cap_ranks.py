@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from examples import program, results, run_folder, tables
+from examples import program, results, tables, training
 from examples.paper import nano, run_table
 from examples.paper.run_table import Line, RunTable
+from examples.paper.trainer import NOTHING_KEPT
 
 Name = Literal["gpt", "gpt-wide", "gpt-widest", "vit", "swin"]
 
@@ -38,8 +39,6 @@ class Flags:
     """Seeds, from 0 on."""
     table: Path = Path("examples/paper/results/cap_ranks.jsonl")
     """The table of all runs."""
-    out: Path = Path("runs/cap_ranks")
-    """A folder for the locks of its runs."""
 
 
 def prepare(flags: Flags) -> dict[str, nano.Nano]:
@@ -49,7 +48,8 @@ def prepare(flags: Flags) -> dict[str, nano.Nano]:
         ValueError: If a flag is out of range.
     """
     program.check_lists(flags, "models", "ranks", "steps", "learning_rates")
-    run_folder.check_folder(flags.out)
+    if any(rank < 2 and rank != 0 for rank in flags.ranks):
+        raise ValueError("--ranks: each must be 0, for no cap, or at least 2.")
     run_table.read(flags.table)  # which checks it
     models = {name: nano.load(name) for name in flags.models}
     for run in runs(flags):
@@ -80,7 +80,7 @@ def main(flags: Flags, models: dict[str, nano.Nano]) -> None:
             "batch": model.config.batch,
             "tau": flags.tau,
         }
-        table = RunTable(flags.table, flags.out / ".locks", common)
+        table = RunTable(flags.table, common)
         for run in runs(flags):
             line = table.get(run, lambda: train(model, flags.tau, run))  # noqa: B023
             row = losses.setdefault((name, run["steps"], run["learning_rate"]), {})
@@ -98,7 +98,10 @@ def train(model: nano.Nano, tau: float, run: dict[str, Any]) -> Line:
     """What a run adds to its line."""
     name = "adamw2_cap" if run["rank"] else "adamw2"
     with tempfile.TemporaryDirectory() as folder:
-        model.train(name, config_of(model, tau, **run), model.data, Path(folder), norms=False)
+        try:
+            model.train(name, config_of(model, tau, **run), model.data, Path(folder), norms=False)
+        except training.Stopped:
+            raise training.Stopped(NOTHING_KEPT) from None
         return {"val_loss": results.summarize(Path(folder), name)["val_loss"]}
 
 

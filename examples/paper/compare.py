@@ -71,8 +71,9 @@ def prepare(flags: Flags) -> Problem:
     Raises:
         ValueError: If a flag is out of range, or if there is nothing to report.
     """
-    if flags.steps < POINTS or not flags.runs:
-        raise ValueError(f"--steps must be at least {POINTS}, and --runs has to name an optimizer.")
+    if flags.steps < POINTS:
+        raise ValueError(f"--steps must be at least {POINTS}.")
+    program.check_lists(flags, "runs")
     if flags.trials < 1 or flags.rounds < 1 or flags.seeds < 2:
         raise ValueError("--trials and --rounds must be at least 1, and --seeds at least 2.")
     if "qk_clip" in flags.runs:
@@ -85,10 +86,11 @@ def prepare(flags: Flags) -> Problem:
     problem = problems.load(flags.model, flags.data, **changes)
     if flags.report and Runs(flags, problem).are_none:
         raise ValueError(
-            f"--report: {flags.table} has no run of {flags.model} on {problem.data} with "
+            f"{flags.table} has no run of {flags.model} on {problem.data} with "
             f"{flags.steps} steps, batches of {problem.config.batch} and --decay {flags.decay}. "
             "The default text is the standard library of this Python, and differs from version to "
-            "version. Leave --report out to train, or use the Python that the runs were made with."
+            "version. Train with examples.paper.compare without --report, or use the Python that "
+            "the runs were made with."
         )
     return problem
 
@@ -165,7 +167,7 @@ class Runs:
             "steps": problem.config.steps,
             "decay": problem.config.decay,
         }
-        self._table = RunTable(flags.table, flags.out / ".locks", common)
+        self._table = RunTable(flags.table, common)
 
     @property
     def are_none(self) -> bool:

@@ -40,8 +40,6 @@ class Flags:
     """The table of the comparison."""
     table: Path = Path("examples/paper/results/disturbances.jsonl")
     """The table of these runs."""
-    out: Path = Path("runs/disturbances")
-    """A folder for the locks of its runs."""
 
 
 def prepare(flags: Flags) -> dict[str, Settings]:
@@ -52,12 +50,12 @@ def prepare(flags: Flags) -> dict[str, Settings]:
     """
     if flags.seeds < 2:
         raise ValueError("--seeds must be at least 2.")
+    program.check_lists(flags, "runs")
     of = compare.Flags(
         steps=flags.steps,
         rounds=flags.rounds,
         runs=flags.runs,
         table=flags.comparison,
-        out=flags.out,
         report=True,
     )
     run_table.read(flags.table)  # which checks it
@@ -78,7 +76,7 @@ def main(flags: Flags, settings: dict[str, Settings]) -> None:
         "ten times the rate": disturbed.ten_times_the_rate,
         "then another text": disturbed.another_text,
     }
-    table = RunTable(flags.table, flags.out / ".locks", disturbed.described())
+    table = RunTable(flags.table, disturbed.described())
     losses: dict[tuple[str, str], list[float]] = {}
     for seed, case, name in itertools.product(range(1, flags.seeds + 1), cases, flags.runs):
         run = {"optimizer": name, "case": case, "seed": seed, "settings": settings[name]}

@@ -58,10 +58,11 @@ def prepare(flags: Flags) -> Curves:
     """
     if not flags.table.is_file():
         raise ValueError(f"--table {flags.table} is no file.")
-    if not recorder.read_metrics(flags.run, "adamw2"):
+    lines = recorder.read_metrics(flags.run, "adamw2")
+    if not lines or not any(key.endswith("/scale") for key in lines[0]):
         raise ValueError(
-            f"--run {flags.run} has no run of AdamW². Make one: python -m examples.train_gpt "
-            f"--runs adamw2 --out {flags.run}"
+            f"--run {flags.run} has no run of AdamW² that logs its bound. Make one: python -m "
+            f"examples.train_gpt --runs adamw2 --out {flags.run}"
         )
     return losses_by_rate(flags.table)
 

@@ -12,7 +12,7 @@ Line = dict[str, Any]
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a table that are whole; none where there is no table yet.
+    """The lines of a table that have the loss of a run; none where there is no table yet.
 
     Raises:
         ValueError: If it is something else.
@@ -26,7 +26,7 @@ def read(path: Path) -> list[Line]:
             line = json.loads(part)
         except ValueError:
             line = None
-        if isinstance(line, dict):
+        if isinstance(line, dict) and any(key.endswith("_loss") for key in line):
             lines.append(line)
         else:
             print(f"{path}: a damaged line is left out: {part[:40]}")
@@ -39,15 +39,14 @@ class RunTable:
     """The lines of a table that have something in common.
 
     Args:
-        path: Of the table, a JSON object a line.
-        locks: A folder for the locks of runs that are being trained, in which they stay.
+        path: Of the table, a JSON object a line. Beside it is a folder for the locks of runs that
+            are being trained, in which they stay.
         common: What the lines have in common.
     """
 
-    def __init__(self, path: Path, locks: Path, common: Line):
-        self._path, self._locks, self._common = path, locks, common
-        path.parent.mkdir(parents=True, exist_ok=True)
-        locks.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, common: Line):
+        self._path, self._locks, self._common = path, path.with_suffix(".locks"), common
+        self._locks.mkdir(parents=True, exist_ok=True)
         self._lines = self._read()
 
     def find(self, run: Line) -> Line | None:

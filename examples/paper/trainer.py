@@ -17,6 +17,7 @@ from examples import optimizers, training
 from examples.paper.problems import Problem
 
 State = tuple[Any, Any]  # params, and the state of an optimizer
+NOTHING_KEPT = "Stopped, and nothing kept of the run that was begun"
 
 
 class Trainer:
@@ -118,7 +119,7 @@ class Run(NamedTuple):
             for i, batch in enumerate(batches):
                 state, losses[i] = self.update(state, batch, rates, self.settings)
                 if stopped():
-                    raise training.Stopped("Stopped, and nothing kept of the run that was begun")
+                    raise training.Stopped(NOTHING_KEPT)
                 if not math.isfinite(losses[i]):
                     break
         return state, losses, time.process_time() - start
