@@ -101,3 +101,20 @@ def test_rivals_start_at_once_and_take_no_gradient_for_none(name):
     for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True):
         assert np.all(np.isfinite(u))
         assert np.all(np.abs(u) <= RATE * DECAY * np.abs(p) + 1e-6)
+
+
+@pytest.mark.parametrize("name", ["muon", "muon_warmup", "muon_bound", "normuon", "adam_h"])
+def test_what_muon_does_not_take_goes_to_adamw_at_a_share_of_the_rate(name):
+    settings = optimizers.Settings(weight_decay=DECAY, clip=0.0, adam_share=0.5, tau=1e9)
+    found, expected = (
+        optimizers.make_at(of, lambda _, rate=rate: rate, settings, NUMBERS)
+        for of, rate in ((name, RATE), ("adamw", 0.5 * RATE))
+    )
+    params = jax.tree.map(jnp.float32, PARAMS)
+    states = [optimizer.init(params) for optimizer in (found, expected)]
+    for grads in GRADS:
+        grads = jax.tree.map(jnp.float32, grads)
+        updates, states[0] = found.update(grads, states[0], params)
+        of_adamw, states[1] = expected.update(grads, states[1], params)
+        for group, leaf in (("blocks", "scale"), ("head", "kernel")):
+            np.testing.assert_allclose(updates[group][leaf], of_adamw[group][leaf], rtol=1e-5)

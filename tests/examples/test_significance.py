@@ -81,3 +81,8 @@ def test_a_run_that_diverged_is_above_every_target(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"seed": 0}))
     (row,) = significance.test(significance.read((tmp_path,), "adamw2"), 3.28)
     assert (row.mean, row.z_test, row.passes) == (np.inf, 1.0, False)
+
+
+def test_no_folder_is_an_error():
+    with pytest.raises(ValueError, match="Name at least one folder"):
+        significance.read((), "adamw2")

@@ -138,3 +138,8 @@ def test_blocks_are_traced_once_whatever_the_depth():
         lines_traced(GPT, dataclasses.replace(TINY, num_layers=depth), tokens) for depth in (2, 20)
     )
     assert shallow == deep > 10
+
+
+def test_heads_that_do_not_divide_the_width_are_an_error():
+    with pytest.raises(ValueError, match="num_heads=3 does not divide width=8"):
+        build(dataclasses.replace(TINY, num_heads=3))

@@ -125,3 +125,8 @@ def test_blocks_are_traced_once_whatever_the_depth():
         for depth in (2, 20)
     )
     assert shallow == deep > 10
+
+
+def test_heads_of_an_odd_width_are_an_error():
+    with pytest.raises(ValueError, match="width=6 / num_heads=2 must be even"):
+        Llama(dataclasses.replace(TINY, width=6), rngs=nnx.Rngs(0))

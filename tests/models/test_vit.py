@@ -134,3 +134,8 @@ def test_blocks_are_traced_once_whatever_the_depth():
 def test_images_of_another_shape_are_an_error():
     with pytest.raises(ValueError, match=r"\(1, 6, 6, 3\), not \(batch, 6, 6, 2\)"):
         random_model(ViT, TINY)(jnp.zeros((1, 6, 6, 3)))
+
+
+def test_patches_that_do_not_divide_the_image_are_an_error():
+    with pytest.raises(ValueError, match="patch_size=4 does not divide image_size=6"):
+        build(dataclasses.replace(TINY, patch_size=4))

@@ -41,7 +41,7 @@ def test_two_taus_however_near_have_each_a_folder_and_a_column(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"taus": (0.01, -1.0)}, r"--tau -1\.0: it must be at least 0"),
+        ({"taus": (0.01, -1.0)}, r"--taus 0\.01 -1\.0: it must be at least 0"),
         ({"models": ()}, "--models: name at least one, and each once"),
         ({"taus": ()}, "--taus: name at least one"),
         ({"taus": (0.1, 0.3, 0.1)}, "--taus: name at least one, and each once"),
