@@ -88,6 +88,7 @@ def _axes(columns: int, sharey: bool = True) -> tuple[Figure, Any]:
 
 def save(figure: Figure, path: Path) -> Path:
     """Writes a picture, and gives its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
 

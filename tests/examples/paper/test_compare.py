@@ -35,7 +35,11 @@ def trained(monkeypatch):
 
 
 def flags_of(tmp_path, **changes):
-    options = {"table": tmp_path / "table.jsonl", "out": tmp_path, "runs": ("adamw", "muon")}
+    options = {
+        "table": tmp_path / "table.jsonl",
+        "out": tmp_path / "out",
+        "runs": ("adamw", "muon"),
+    }
     return compare.Flags(**options | {"trials": 2, "rounds": 2, "seeds": 2} | changes)
 
 
@@ -78,8 +82,8 @@ def test_a_report_shows_the_optimizers_that_have_a_fresh_seed(tmp_path, trained,
         assert ("AdamW, no warmup" in shown) == (shown_of > 0)
         assert ("\n| Muon, no warmup" in shown) == (shown_of > 1)
         assert len(flags.table.read_text().splitlines()) == number
-    assert (tmp_path / "rates.png").stat().st_size > 10_000
-    assert (tmp_path / "seconds.png").stat().st_size > 10_000
+    assert (flags.out / "rates.png").stat().st_size > 10_000
+    assert (flags.out / "seconds.png").stat().st_size > 10_000
 
 
 def test_a_report_without_a_run_is_an_error_that_names_what_was_looked_for(tmp_path, trained):
