@@ -140,12 +140,13 @@ def learning_rates(lines: Lines) -> Figure:
     scales = _scales(lines)
     depth = next(iter(scales.values())).shape[1]
     blocks = sorted({0, depth // 2, depth - 1})
-    figure, axes = grid(1, len(blocks), (4.6 * len(blocks), 4.2), sharey=True)
-    for ax, block in zip(axes[0], blocks, strict=True):
+    figure, axes = _axes(len(blocks))
+    axes = np.atleast_1d(axes)
+    for ax, block in zip(axes, blocks, strict=True):
         _draw_rates(ax, lines, scales, block)
         ax.set_title(f"block {block}")
-    axes[0, 0].set_ylabel("actual learning rate")
-    axes[0, -1].legend(frameon=False, ncols=2, loc="lower center")
+    axes[0].set_ylabel("actual learning rate")
+    axes[-1].legend(frameon=False, ncols=2, loc="lower center")
     return figure
 
 

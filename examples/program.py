@@ -95,7 +95,7 @@ class Config(optimizers.Settings):
 
     def check_runs(self, steps: int, runs: Sequence[str]) -> None:
         """Raises ValueError where there is none, or where a warmup does not end before its run."""
-        if not runs or len(set(runs)) < len(runs):
+        if not _has_each_once(runs):
             raise ValueError("--runs: name at least one optimizer, and each once.")
         have_it = any("warmup" in optimizers.OPTIMIZERS[name].ranges for name in runs)
         if have_it and self.warmup >= steps:
@@ -218,10 +218,13 @@ def _keep(error: BaseException, folder: Path) -> Path:
 def check_lists(flags: Any, *names: str) -> None:
     """Raises ValueError where a flag of several values has none, or one twice."""
     for name in names:
-        values = getattr(flags, name)
-        if not values or len(set(values)) < len(values):
+        if not _has_each_once(getattr(flags, name)):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag}: name at least one, and each once.")
+
+
+def _has_each_once(values: Sequence[Any]) -> bool:
+    return 0 < len(values) == len(set(values))
 
 
 def make_mesh(config: Config) -> Mesh:

@@ -291,13 +291,7 @@ def scale_by_weyl_bound(
         for spec, weight, update in zip(leaves.specs, sigmas[:n], sigmas[n:], strict=True):
             reference = _reference(spec, weight, growth, min_std, max_std)
             scales.append(_scale(reference, update, tau_now, rate))
-        scaled = list(map(MatrixSpec.times, leaves.specs, scales, leaves.of(step)))
-        bounded = jax.tree.map(
-            lambda new, old: new if new is old else jnp.asarray(new, jnp.result_type(old)),
-            leaves.put(scaled, step),
-            updates,
-        )
-        return bounded, WeylBoundState(
+        return leaves.times(scales, step, updates), WeylBoundState(
             bound_count=jnp.asarray(optax.safe_increment(state.bound_count)),
             weight_block=leaves.put(blocks[:n], state.weight_block),
             update_block=leaves.put(blocks[n:], state.update_block),
@@ -315,7 +309,7 @@ def _check_reading(
     ranks: Sequence[int],
     state: WeylBoundState,
 ) -> None:
-    """Checks that the state was made for the current reading of the leaves, and for these ranks."""
+    """Checks that the state was made for this reading of the leaves, their dtypes and the ranks."""
     remedy = (
         "Make the bound's state anew, and keep the optimizer's: jax.tree.map(lambda new, old: new "
         "if isinstance(new, WeylBoundState) else old, solver.init(params), state, "

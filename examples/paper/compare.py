@@ -79,12 +79,13 @@ def prepare(flags: Flags) -> Problem:
     if "qk_clip" in flags.runs:
         raise ValueError("--runs qk_clip: it needs the logits of attention. Leave it out.")
     run_folder.check_folder(flags.out)
-    run_table.read(flags.table)  # which checks it
+    lines = run_table.read(flags.table)
     changes = {"steps": flags.steps, "decay": flags.decay}
     if flags.batch is not None:
         changes["batch"] = flags.batch
     problem = problems.load(flags.model, flags.data, **changes)
-    if flags.report and Runs(flags, problem).are_none:
+    common = common_of(flags, problem).items()
+    if flags.report and not any(common <= line.items() for line in lines):
         raise ValueError(
             f"{flags.table} has no run of {flags.model} on {problem.data} with "
             f"{flags.steps} steps, batches of {problem.config.batch} and --decay {flags.decay}. "
@@ -155,24 +156,23 @@ def gather(runs: "Runs", name: str, found: Search, flags: Flags) -> Tuned:
     )
 
 
+def common_of(flags: Flags, problem: Problem) -> Line:
+    """What the lines of all runs have in common."""
+    return {
+        "model": flags.model,
+        "data": problem.data,
+        "batch": problem.config.batch,
+        "steps": problem.config.steps,
+        "decay": problem.config.decay,
+    }
+
+
 class Runs:
     """The runs of one problem: those in the table, and those to come."""
 
     def __init__(self, flags: Flags, problem: Problem):
         self._is_report, self._problem = flags.report, problem
-        common = {
-            "model": flags.model,
-            "data": problem.data,
-            "batch": problem.config.batch,
-            "steps": problem.config.steps,
-            "decay": problem.config.decay,
-        }
-        self._table = RunTable(flags.table, common)
-
-    @property
-    def are_none(self) -> bool:
-        """Whether the table has no run of the problem."""
-        return self._table.find({}) is None
+        self._table = RunTable(flags.table, common_of(flags, problem))
 
     def losses(self, name: str) -> Callable[[Settings], float]:
         """The validation loss of an optimizer's trials, inf for none."""

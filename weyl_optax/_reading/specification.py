@@ -20,6 +20,8 @@ from jax import lax
 from numpy.lib.array_utils import normalize_axis_tuple
 from optax.contrib import MuonDimensionNumbers
 
+from weyl_optax import _sharding as sharding
+
 
 class SplitDimensionNumbers(NamedTuple):
     """How a fused kernel is read: as matrices that lie side by side along an axis.
@@ -117,6 +119,21 @@ class MatrixSpec:
         if isinstance(x, (tuple, list)) and len(x) == len(self.part_sizes):
             return x
         return ((x,),) * len(self.part_sizes)  # a state for another reading, which fits no part
+
+    def spread(self, factors: Sequence[jax.Array], a: jax.Array) -> jax.Array:
+        """The factors of each part's matrices, (*batch), laid out to multiply the leaf `a`.
+
+        To cut the leaf and join it again would write it once more.
+        """
+        if self.split_axis is None:
+            return jnp.expand_dims(factors[0], self.matrix_axes)
+        along = [
+            jnp.repeat(jnp.expand_dims(x, self.matrix_axes), size, self.split_axis)
+            for x, size in zip(factors, self.part_sizes, strict=True)
+        ]
+        factor = lax.concatenate(along, self.split_axis)
+        axes = [axis if size > 1 else None for axis, size in enumerate(factor.shape)]
+        return sharding.reshard_as(a, factor, axes)
 
     def join(self, parts: Sequence[Any], like: Any) -> Any:
         """An array like the leaf, or what a state keeps for it, from its parts."""
@@ -255,6 +272,20 @@ class BoundedLeaves:
         """As `of`, from a tree with one entry for a leaf, whatever its parts."""
         leaves = self._treedef.flatten_up_to(tree)
         return [unbox(leaves[i]) for i, spec in self._specs.items() for _ in spec.parts]
+
+    def times(self, factors: Sequence[jax.Array], tree: Any, like: Any) -> Any:
+        """The tree with each matrix times a factor, and the dtypes of the tree `like`."""
+        leaves, likes = map(self._treedef.flatten_up_to, (tree, like))
+        remaining = iter(factors)
+        for i, spec in self._specs.items():
+            a = jnp.asarray(unbox(leaves[i]))
+            factor = spec.spread(list(itertools.islice(remaining, len(spec.parts))), a)
+            leaves[i] = replace_boxed(likes[i], factor.astype(a.dtype) * a)
+        return jax.tree.map(
+            lambda x, old: x if x is old else jnp.asarray(x, jnp.result_type(old)),
+            self._treedef.unflatten(leaves),
+            like,
+        )
 
     def put(self, values: Sequence[Any], tree: Any = None) -> Any:
         """A tree of this structure with the values in their places, and elsewhere as `tree`."""
