@@ -57,8 +57,8 @@ class Config(program.Config):
             raise ValueError(
                 f"--sequence-length {self.sequence_length}: {self.model} takes 1 to {context}."
             )
-        if isinstance(SIZES[self.model], llama.Config) and (self.dropout or self.watch):
-            raise ValueError(f"--dropout and --watch are of a GPT. {self.model} has neither.")
+        if isinstance(SIZES[self.model], llama.Config) and self.dropout:
+            raise ValueError(f"--dropout is of a GPT: {self.model} has none. Leave it out.")
 
 
 _GPT2 = Config(

@@ -39,7 +39,7 @@ def watch(
     ======================  =============================================
 
     The last two are over all entries of the batch. A norm without a bias has no beta: with
-    RMSNorm, or without biases, the terms are 13.
+    RMSNorm, or without biases, the terms are 13. In a SwiGLU, W_1 is the layer that is gated.
 
     Args:
         model: Of `models`, or with blocks that are named as there. They may be stacked along
