@@ -35,7 +35,8 @@ class Config(program.Config):
 
     model: Literal[
         "nano", "nano-wide", "nano-widest", "gpt2-small", "gpt2-large",
-        "llama-nano", "llama-nano-qk-norm", "llama-small", "llama-small-qk-norm",
+        "llama-nano", "llama-nano-qk-norm", "llama-nano-wide",
+        "llama-small", "llama-small-qk-norm",
     ] = "nano"  # fmt: skip
     """Size of the GPT, from models/gpt.py, or of a Llama, from models/llama.py."""
     bias: bool = True

@@ -49,6 +49,7 @@ _SMALL = Config(context_length=1024, remat=True)
 CONFIGS = {
     "llama-nano": _NANO,
     "llama-nano-qk-norm": dataclasses.replace(_NANO, qk_norm=True),
+    "llama-nano-wide": dataclasses.replace(_NANO, num_heads=4, width=96, inner_width=256),
     "llama-small": _SMALL,
     "llama-small-qk-norm": dataclasses.replace(_SMALL, qk_norm=True),
 }

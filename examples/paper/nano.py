@@ -10,14 +10,17 @@ from examples import language, program, train_gpt, train_vit, training, vision
 from examples.image_data import Images, load_images
 from examples.text_data import Corpus, load_corpus
 
-Name: TypeAlias = Literal["gpt", "gpt-wide", "gpt-widest", "llama", "llama-qk-norm", "vit", "swin"]
+Name: TypeAlias = Literal[
+    "gpt", "gpt-wide", "gpt-widest", "llama", "llama-qk-norm", "llama-wide", "vit", "swin"
+]
 
-TEXT: dict[Name, dict[str, Any]] = {  # 20 tokens a parameter are 800 steps of a Llama
+TEXT: dict[Name, dict[str, Any]] = {  # 20 tokens a parameter: 800 steps of a Llama, 1,320 if wide
     "gpt": {"model": "nano"},
     "gpt-wide": {"model": "nano-wide"},
     "gpt-widest": {"model": "nano-widest"},
     "llama": {"model": "llama-nano", "batch": 16, "cap_rank": 12},
     "llama-qk-norm": {"model": "llama-nano-qk-norm", "batch": 16, "cap_rank": 12},
+    "llama-wide": {"model": "llama-nano-wide", "batch": 32, "cap_rank": 24},
 }
 
 

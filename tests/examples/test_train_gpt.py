@@ -253,7 +253,10 @@ def test_presets_are_the_defaults_of_the_other_flags():
         (["--runs"], "--runs: name at least one optimizer"),
         (["--tau", "-1"], "--tau -1.0: it must be at least 0"),
         (["--b2", "1.0"], "at least 0, and below 1"),
-        (["--model", "llama-nano", "--dropout", "0.1"], "--dropout is of a GPT: llama-nano has none"),
+        (
+            ["--model", "llama-nano", "--dropout", "0.1"],
+            "--dropout is of a GPT: llama-nano has none",
+        ),
         (
             ["--model", "llama-nano-qk-norm", "--runs", "qk_clip"],
             "--runs qk_clip: llama-nano-qk-norm norms its queries and keys",
