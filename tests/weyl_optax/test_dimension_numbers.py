@@ -7,7 +7,7 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax import scale_by_weyl_bound, tabulate
+from weyl_optax import dimension_numbers_from, scale_by_weyl_bound, tabulate
 
 
 def test_the_default_reads_the_last_two_axes():
@@ -86,6 +86,11 @@ def test_a_vector_is_written_with_no_reduction_axis():
 def test_two_leaves_of_one_path_are_named():
     with pytest.raises(ValueError, match="Two leaves have the path 'a/b'"):
         scale_by_weyl_bound().init({"a/b": jnp.ones(3), "a": {"b": jnp.ones(3)}})
+    params = {"a/b": jnp.ones((6, 4)), "a": {"b": jnp.ones((5, 6))}}
+    with pytest.raises(ValueError, match="Two leaves have the path 'a/b'"):
+        dimension_numbers_from(
+            lambda params, x: (x @ params["a/b"], params["a"]["b"] @ x.T), params, jnp.ones((2, 6))
+        )
 
 
 def test_one_entry_may_be_for_a_whole_subtree():

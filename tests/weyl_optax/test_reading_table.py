@@ -1599,6 +1599,163 @@ case(
     x,
 )
 
+# Weights cut into pieces that are scanned, mapped or unstacked.
+
+
+@program(x, w=((d, v), DENSE))
+def head_by_chunks_of_the_vocabulary(p, x):
+    def add(total, chunk):
+        return total + jnp.exp(x @ chunk.T).sum(-1), None
+
+    return lax.scan(add, jnp.zeros(b), p["w"].T.reshape(3, 3, d))[0]
+
+
+@program(x, up=((d, 8), DENSE), down=((8, d), DENSE))
+def mlp_by_chunks_of_units(p, x):
+    def add(total, chunk):
+        up, down = chunk
+        return total + jax.nn.gelu(x @ up) @ down, None
+
+    chunks = p["up"].reshape(d, 4, 2).swapaxes(0, 1), p["down"].reshape(4, 2, d)
+    return lax.scan(add, jnp.zeros((b, d)), chunks)[0]
+
+
+case(
+    "unstacked fused kernel",
+    lambda w, x: [jnp.tanh(x @ part.T) for part in jnp.unstack(w.reshape(3, d, d))],
+    (3 * d, d),
+    TRANSPOSED,
+    x,
+)
+case(
+    "heads one by one",
+    lambda w, x: lax.map(lambda head: jnp.tanh(x @ head), w.reshape(d, h, k).swapaxes(0, 1)),
+    (d, h * k),
+    DENSE,
+    x,
+)
+case(
+    "table by shards",
+    lambda w, i: lax.map(lambda shard: jnp.tanh(shard[i % 3]), w.reshape(3, 3, d)),
+    (v, d),
+    DENSE,
+    i32(b),
+)
+
+
+# Data that a scan or a map returns, or that is put together, varies along the new axis.
+
+
+@program(f32(b, h, k), f32(3, k), bias=((h, k), vector(0, 1)))
+def bias_of_mapped_samples(p, x, keys):
+    return (lax.map(jnp.tanh, x) + p["bias"]) @ keys.T
+
+
+def states_of(x):
+    return lax.scan(lambda state, x: (jnp.tanh(state + x),) * 2, jnp.zeros(x.shape[1:]), x)[1]
+
+
+@program(f32(t, b, d), f32(b, 4, d), pos=((t, d), vector(0, 1)))
+def positions_of_recurrent_states(p, x, y):
+    return (states_of(x).swapaxes(0, 1) + p["pos"]) @ y.mT
+
+
+@program(f32(t, b, d), g=((t, d), vector(0, 1)))
+def gain_of_recurrent_states(p, x):
+    states = states_of(x) * p["g"][:, None]
+    return states @ states.mT
+
+
+@program(f32(t, b), w=((f, t), TRANSPOSED))
+def dense_over_recurrent_states(p, x):
+    return jnp.tanh((states_of(x).T[:, None] * p["w"]).sum(-1))
+
+
+@program(seq, g=((3, d), vector(0, 1)))
+def mix_of_stacked_layers(p, x):
+    mixed = (jnp.stack([x, jnp.tanh(x), jnp.sin(x)]) * p["g"][:, None, None]).sum(0)
+    return mixed @ mixed.mT
+
+
+@program(f32(b), f32(b), w=((2, f), DENSE))
+def dense_of_two_stacked_numbers(p, x, y):
+    return jnp.tanh((jnp.stack([x, y], -1)[..., None] * p["w"]).sum(1))
+
+
+@program(x, x, w=((2, d, f), EXPERTS))
+def two_stacked_towers(p, x, y):
+    return jnp.tanh((jnp.stack([x, y], 1)[..., None] * p["w"]).sum(2))
+
+
+@program(f32(b, k), f32(b, k), g=((2, k), vector(0, 1)))
+def gain_of_two_stacked_tokens(p, x, y):
+    z = jnp.stack([x, y], 1) * p["g"]
+    return jnp.einsum("bnk,bmk->bnm", z, z)
+
+
+@program(f32(b), w=((t, d), vector(0, 1)), bias=((t, d), vector(0, 1)))
+def scores_of_tokens_made_from_numbers(p, x):
+    z = x[:, None, None] * p["w"] + p["bias"]
+    return z @ z.mT
+
+
+# Sums over a part of an axis, and over axes of the leaf itself.
+
+
+case(
+    "codebook by groups of shares",
+    lambda w, x: (jax.nn.softmax(x).reshape(b, 2 * v, 1) * w).reshape(b, 2, v, k).sum(2),
+    (2 * v, k),
+    NOTHING,
+    f32(b, 2, v),
+)
+case(
+    "grouped product by a sum",
+    lambda w, x: jnp.tanh((x.reshape(b, 2, 3, 1) * w.reshape(2, 3, f)).sum(2)),
+    (d, f),
+    NOTHING,
+    x,
+)
+case("mean of biases", lambda w, x: jnp.tanh(x + w.mean(0)), (3, d), vector(0, 1), x)
+case(
+    "norms of rows as gains",
+    lambda w, x: x * jnp.linalg.norm(w, axis=-1)[:, None],
+    (h, k),
+    vector(0, 1),
+    f32(b, h, t),
+)
+
+
+@program(f32(b, h, t), q=((h, k), vector(0, 1)), k=((h, k), vector(0, 1)))
+def lambda_of_differential_attention(p, x):
+    return x * jnp.exp((p["q"] * p["k"]).sum(-1))[:, None]
+
+
+# One entry beside the whole.
+
+
+@program(tokens, f32(b, t), e=((v, d), DENSE), w=((d, f), DENSE))
+def embedding_of_the_mask_token(p, tokens, mask):
+    x = jnp.where(mask[..., None] > 0, p["e"][0], p["e"][tokens])
+    return jnp.tanh(x @ p["w"])
+
+
+@program(seq, pos=((1, t, d), vector(1, 2)), w=((d, f), DENSE))
+def positions_of_class_and_patches(p, x):
+    of_class, of_patches = p["pos"][:, 0], p["pos"][:, 1:]
+    return norm(x + jnp.concatenate([of_class[:, None], 0.5 * of_patches], 1)) @ p["w"]
+
+
+case(
+    "learned activation of each channel",
+    lambda w, x: jax.vmap(
+        lambda x, values: jnp.interp(x, jnp.linspace(0, 1, 8), values), (1, 0), 1
+    )(x, w),
+    (d, 8),
+    vector(1),
+    x,
+)
+
 
 def sides(shape, reading):
     wide = [frozenset(axis for axis in side if shape[axis] > 1) for side in reading]

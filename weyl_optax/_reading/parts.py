@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from optax.contrib import MuonDimensionNumbers
 
-from weyl_optax._reading.programs import body_of, shapes_of
+from weyl_optax._reading.programs import IDENTITIES, body_of, shapes_of
 from weyl_optax._reading.specification import DimensionNumbers, SplitDimensionNumbers, axes_of
 
 
@@ -33,10 +33,7 @@ class _Span(NamedTuple):
 _Spans: TypeAlias = frozenset[_Span]
 _NONE: _Spans = frozenset()
 
-_UNCHANGED = frozenset(
-    "convert_element_type copy neg name optimization_barrier pvary reduce_precision reshard "
-    "sharding_constraint".split()
-)
+_UNCHANGED = IDENTITIES | frozenset("conj imag neg real".split())
 _SUMS = frozenset("add add_any complex select_n sub".split())
 _CONCATENATIONS = frozenset("concatenate dynamic_update_slice scatter scatter-add stack".split())
 

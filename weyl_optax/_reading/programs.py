@@ -5,6 +5,13 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+# One output for each operand, entry by entry the same.
+IDENTITIES = frozenset(
+    "convert_element_type copy copy_p device_put layout_constraint mesh_cast name "
+    "optimization_barrier pvary reduce_precision reshard sharding_constraint "
+    "stop_gradient".split()
+)
+
 
 def body_of(eqn: JaxprEqn) -> Jaxpr | None:
     """The program that an equation calls with its operands, as `jit` and `remat` do."""

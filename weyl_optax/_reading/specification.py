@@ -163,9 +163,6 @@ def resolve_dimension_numbers(
         ValueError: If the specification does not fit `params`.
     """
     leaves, treedef = leaves_with_path(params)
-    for path, count in Counter(path_name(path) for path, _ in leaves).items():
-        if count > 1:
-            raise ValueError(f"Two leaves have the path {path!r}. Rename one of them.")
     if weight_dimension_numbers is None:
         numbers = [default_numbers(len(shape_of(leaf))) for _, leaf in leaves]
     else:
@@ -304,9 +301,16 @@ def leaves_with_path(tree: Any) -> tuple[list[tuple[tuple[str, ...], Any]], Any]
 
     `None` counts as a leaf, and so does a box: what the bound keeps for an array does not have
     the axes that the box names.
+
+    Raises:
+        ValueError: If two leaves have the same path.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    return [(names(path), unbox(leaf)) for path, leaf in leaves], treedef
+    entries, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    leaves = [(names(path), unbox(leaf)) for path, leaf in entries]
+    for path, count in Counter(path_name(path) for path, _ in leaves).items():
+        if count > 1:
+            raise ValueError(f"Two leaves have the path {path!r}. Rename one of them.")
+    return leaves, treedef
 
 
 def is_boxed(x: Any) -> bool:

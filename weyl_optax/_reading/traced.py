@@ -30,7 +30,7 @@ from jax.extend.source_info_util import summarize
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax._reading.parts import in_parts, parts_of
-from weyl_optax._reading.programs import body_of, shapes_of
+from weyl_optax._reading.programs import IDENTITIES, body_of, shapes_of
 from weyl_optax._reading.specification import (
     DimensionNumbers,
     leaves_with_path,
@@ -202,6 +202,7 @@ class _View(NamedTuple):
     looked_up: _Axes = frozenset()  # that arrays of indices select from
     mixed: _Axes = frozenset()  # that were summed, alone or with other weights
     mixed_first: _Axes = frozenset()  # by the first of these sums
+    pooled: _Axes = frozenset()  # by one without factors, as in a mean
     scaled: _Axes = frozenset()  # that the data multiplied, without varying along the others
     by_shares: bool = False  # whether shares multiplied them
     use: "_Use | None" = None  # in which it met the data, or that cannot be followed
@@ -230,7 +231,7 @@ class _View(NamedTuple):
     def drop(self, *dropped: int) -> "_View":
         """At one index of these axes."""
         axes = tuple(axis for i, axis in enumerate(self.axes) if i not in dropped)
-        return self._replace(axes=axes, batch=self.batch | _held(self.axes[i] for i in dropped))
+        return self._replace(axes=axes, batch=self.batch | (_held(self.axes) - _held(axes)))
 
     def at_index(self, *axes: int) -> "_View":
         """With these axes indexed, in place."""
@@ -245,8 +246,9 @@ class _View(NamedTuple):
         return _View(self.leaf, axes, batch=self.batch, use=use)
 
     def insert(self, position: int, size: int) -> "_View":
-        """Broadcast over one more axis."""
-        axes = (*self.axes[:position], _broadcast(size), *self.axes[position:])
+        """Put beside others along one more axis, along which data varies."""
+        leaf_axes = frozenset([0]) if self.leaf == _DATA else frozenset()
+        axes = (*self.axes[:position], (_Piece(leaf_axes, size),), *self.axes[position:])
         return self._replace(axes=axes)
 
     def resize(self, shape: Sequence[int]) -> "_View":
@@ -273,6 +275,16 @@ def _views(leaf: _Leaf | None) -> tuple[_View, ...]:
         return ()
     axes = tuple((_Piece(frozenset([i]), size),) for i, size in enumerate(leaf.shape))
     return (_View(leaf, axes),)
+
+
+def _varying_where_longer(data: _View, parts: Iterable[Sequence[int]]) -> _View:
+    """Data put together from parts, which differ along the axes in which it is longer than one."""
+    shapes = [part for part in parts if len(part) == len(data.axes)]
+    axes = (
+        _varying([size]).axes[0] if any(shape[i] < size for shape in shapes) else axis
+        for i, (axis, size) in enumerate(zip(data.axes, map(_size, data.axes), strict=True))
+    )
+    return data._replace(axes=tuple(axes))
 
 
 def _wide(leaf: _Leaf, axes: Iterable[int]) -> _Axes:
@@ -373,12 +385,6 @@ def _unique(views: Iterable[_View]) -> tuple[_View, ...]:
 
 # What an equation does with it.
 
-# One output for each operand, with the same axes.
-_IDENTITIES = frozenset(
-    "convert_element_type copy copy_p device_put layout_constraint mesh_cast name "
-    "optimization_barrier pvary reduce_precision reshard rev sharding_constraint "
-    "stop_gradient".split()
-)
 # One output for one operand, with axes that may be shorter or longer.
 _RESIZINGS = frozenset("all_gather fft reduce_window_max reduce_window_sum slice split".split())
 # The operands have the axes of the output, in another size where they are put side by side.
@@ -492,7 +498,7 @@ class _Interpreter:
             return [_Value()] * len(eqn.outvars)
         if not any(operand.views or operand.data for operand in operands):
             return [_Value(is_weight=is_weight)] * len(eqn.outvars)
-        if name in _IDENTITIES:
+        if name in IDENTITIES or name == "rev":
             return operands
         if name == "sort":  # all operands, in the order of the first
             order = _Value(data=_join(*operands).data)
@@ -597,6 +603,8 @@ class _Interpreter:
         result = _join(*operands)
         if result.data:
             result = result._replace(data=_join(result, *constants).data)
+        if result.data and name in _CONCATENATIONS:
+            result = result._replace(data=_varying_where_longer(result.data, shapes_of(eqn.invars)))
         is_share = name in _MAKE_SHARES or (result.is_share and name in _KEEP_SHARES)
         columns: tuple[bool, ...] = ()
         if name == "concatenate" and eqn.params["dimension"] == len(shape) - 1:
@@ -638,16 +646,16 @@ class _Interpreter:
         views = []
         for view in operand.views:
             kept = tuple(axis for i, axis in enumerate(view.axes) if i not in dropped)
-            lost = _held(view.axes) - _held(kept)
+            summed, lost = _held(view.axes[i] for i in dropped), _held(view.axes) - _held(kept)
             result = view._replace(axes=kept)
             if view.has_met:
                 views += [result] if is_sum else []
-            elif is_sum and view.scaled & lost:
-                roles = _Roles(lost, view.scaled - lost, _held(kept) - view.scaled)
+            elif is_sum and view.scaled & summed:
+                roles = _Roles(summed, view.scaled - lost, _held(kept) - view.scaled)
                 data = _Value(data=_varying(()), is_share=view.by_shares)
                 views += self.contract(view, data, roles, result)
             else:
-                views.append(result.mix(lost))
+                views.append(result.mix(lost)._replace(pooled=view.pooled | lost))
         result = operand.map(lambda view: view.drop(*dropped))._replace(views=_unique(views))
         return result._replace(is_share=operand.is_share and eqn.primitive.name in _KEEP_SHARES)
 
@@ -796,9 +804,8 @@ class _Interpreter:
         axes, batch = (held | view.mixed) - view.batch, view.batch
         if _wide(view.leaf, axes - view.paired):  # else it is a vector of these
             axes, batch = axes - view.paired, batch | view.paired
-        reduction = (
-            view.looked_up or (view.mixed if held - view.mixed else view.mixed_first)
-        ) & axes
+        mixed = (view.mixed if held - view.mixed else view.mixed_first) - view.pooled
+        reduction = (view.looked_up or mixed) & axes
         output = axes - reduction
         return self.read(view, _Roles(reduction, batch, output), kind)
 
@@ -825,6 +832,9 @@ class _Interpreter:
             if not is_matrix or any(view.leaf == of.leaf for of in other.views):
                 self.activate(view)
                 return None
+        elif any(view.leaf == of.leaf for of in other.views):  # scores, of tokens made from it
+            as_it_is = view._replace(mixed=frozenset())
+            return self.read(as_it_is, _Roles(frozenset(), view.batch, frozenset()), _PRODUCT)
         if not _wide(view.leaf, reduction | output):
             return self.statistic(view)
         if own.reduction and own.output and not own.reduction & own.output:
@@ -867,7 +877,8 @@ class _Interpreter:
         if not reduction or not output:  # a vector, whichever axes of size 1 were left out
             reduction, output = frozenset(), every - batch
         axes = tuple(sorted(reduction)), tuple(sorted(output))
-        return self.note(_Use(leaf, tuple(self.eqns), kind, problem, axes, len(view.mixed)))
+        counts = len(view.mixed), len(_wide(leaf, view.batch - view.looked_up))
+        return self.note(_Use(leaf, tuple(self.eqns), kind, problem, axes, *counts))
 
     def statistic(self, view: _View) -> "_Use":
         problem = "uses nothing but a statistic of it"
@@ -913,14 +924,16 @@ class _Use(NamedTuple):
     problem: str = ""
     axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
     num_mixed: int = 0  # axes that had been summed, alone or with other weights
+    num_indexed: int = 0  # axes at one index of which it is used
     is_activation: bool = False  # of entries that met the data: they make no weight
 
     @property
-    def rank(self) -> tuple[int, int, bool]:
-        """Products count first, then those of the leaf itself, then those with a matrix."""
+    def rank(self) -> tuple[int, int, int, bool]:
+        """Products count first, then those of the leaf itself, of all of it, with a matrix."""
         return (
             self.kind,
             -self.num_mixed,
+            -self.num_indexed,
             self.is_activation or all(self.axes) or bool(self.problem),
         )
 
