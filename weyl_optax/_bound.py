@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from weyl_optax._arguments import as_schedule, check_at_least, check_in
+from weyl_optax._norms import cap
 from weyl_optax._norms import orthogonal_iteration as iteration
 from weyl_optax._reading.specification import (
     BoundedLeaves,
@@ -223,7 +224,7 @@ def scale_by_weyl_bound(
             raise ValueError(f"cap_mask does not fit the params: {error}") from None
         is_capped = leaves.of_each_part(masks)
         return [
-            iteration.rank_of(spec, cap_rank) if capped else 0
+            cap.rank_of(spec, cap_rank) if capped else 0
             for spec, capped in zip(leaves.specs, is_capped, strict=True)
         ]
 
@@ -267,7 +268,7 @@ def scale_by_weyl_bound(
             jnp.asarray(u).astype(iteration.compute_dtype(w))
             for u, w in zip(leaves.of(updates), weights, strict=True)
         ]
-        sigmas, blocks, excesses = iteration.search(
+        sigmas, blocks, spectra = iteration.search(
             weights + matrices,
             leaves.specs * 2,
             leaves.of(state.weight_block) + leaves.of(state.update_block),
@@ -276,11 +277,15 @@ def scale_by_weyl_bound(
             state.bound_count,
             [0] * n + ranks,
         )
-        for i, (spec, rank) in enumerate(zip(leaves.specs, ranks, strict=True)):
-            if rank:
-                matrices[i] = iteration.without_excess(
-                    matrices[i], spec, blocks[n + i], excesses[n + i]
-                )
+        if capped := [i for i, rank in enumerate(ranks) if rank]:
+            lowered = cap.lower(
+                [matrices[i] for i in capped],
+                [leaves.specs[i] for i in capped],
+                [blocks[n + i] for i in capped],
+                [spectra[n + i] for i in capped],
+            )
+            for i, matrix, sigma in zip(capped, *lowered, strict=True):
+                matrices[i], sigmas[n + i] = matrix, sigma
         step = leaves.put(matrices, updates)
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
             strength: Any = decay_at(state.bound_count)

@@ -15,23 +15,6 @@ After a long search, a block may be orthogonal to what is new in :math:`A`, so i
 drawn afresh in each iteration. Their images find columns of :math:`A` that stand out, and the
 fifth power of an image, entry by entry, a row that stands out.
 
-A cap lowers the :math:`k` leading singular values to the level :math:`\ell = \sigma_k`, and needs
-the norm of what is left, :math:`C = A - U_k (\Sigma_k - \ell) V_k^H`. That is above
-:math:`\ell`, since the vectors are not exact. With :math:`U = Q P` for the left vectors of the
-block, and :math:`\bar U` and :math:`\bar V` for all other directions,
-
-.. math::
-
-    C = [U\;\bar U]
-        \begin{bmatrix} L & 0 \\ \bar U^H A V & \bar U^H A \bar V \end{bmatrix}
-        [V\;\bar V]^H, \qquad \|L\|_2 = \ell;
-
-the zero is there because :math:`V` spans the rows of :math:`U^H A`. A third product gives the
-norm of the first column, :math:`c = \|C V\|_2`. We take the last entry to be at most
-:math:`\ell`, which it is if the block has found what is larger, and :math:`L` to be
-:math:`\ell` where :math:`C V` is largest. Then the norm is that of :math:`[\ell, 0; r, \ell]`
-with :math:`r^2 = c^2 - \ell^2`, which is :math:`(r + \sqrt{r^2 + 4 \ell^2}) / 2`.
-
 A matrix with a short side needs no search: its norm comes from the Gram matrix of this side.
 
 On a CPU, every distinct operation takes 15 ms to compile and equal ones take nothing, so leaves
@@ -56,16 +39,15 @@ BLOCK_SIZE = 8  # vectors of a block, besides those of a cap
 FRESH = 1  # vectors drawn afresh in each iteration
 FRESH_WITH_CAP = 4  # and with a cap, which must lower what is new at once
 COLD_ITERS = 16  # iterations that find a norm from a random block
-LEAST_LEVEL = 0.01  # of a cap, as a share of the largest singular value: for low ranks
 SHORT_SIDE = 16  # up to this, a Gram matrix is cheaper than a search, and exact
 
 
 class Search(NamedTuple):
     """The results for the matrices of some leaves, one entry per leaf."""
 
-    sigmas: list[jax.Array]  # (*batch,): their spectral norms, after the cap
+    sigmas: list[jax.Array]  # (*batch,): their spectral norms
     blocks: list[Any]  # the next blocks; None for a matrix that is not searched
-    excesses: list[Any]  # X, an image of the first vectors: a cap subtracts X V^H; or None
+    spectra: list[Any]  # singular values, (*batch, k), and left vectors, where they are asked for
 
 
 def compute_dtype(x: Any) -> Any:
@@ -123,39 +105,20 @@ def search(
         blocks: Where to start, see `new_block`.
         num_iters: Number of iterations, at least 1. May be traced.
         seed: For the vectors that are drawn afresh.
-        ranks: How many singular values of each leaf a cap lowers, by default none; see `rank_of`.
+        ranks: How many left singular vectors of each leaf to return, by default none.
 
     Returns:
         The norms: exact for vectors and matrices with a side of at most `SHORT_SIDE`, estimates
-        for others, from below except after a cap; NaN where a matrix is not finite. Their
-        derivative is u v^H, with the leading singular vectors; a cap has none. The block of a
-        matrix that is zero or not finite is unchanged.
+        from below for others; NaN where a matrix is not finite. Their derivative is u v^H, with
+        the leading singular vectors. The block of a matrix that is zero or not finite is
+        unchanged.
     """
     ranks = tuple(ranks or [0] * len(specs))
     fixed = lax.stop_gradient((list(leaves), list(blocks)))
     found = _search(tuple(specs), ranks, *fixed, num_iters, seed)
-    sigmas, leading, new, excesses = map(list, zip(*found, strict=True)) if found else ([],) * 4
-    sigmas = list(map(_differentiable, specs, ranks, leaves, leading, sigmas))
-    return Search(sigmas, new, excesses)
-
-
-def rank_of(spec: MatrixSpec, cap_rank: int) -> int:
-    """How many singular values of each matrix a cap lowers."""
-    n = min(spec.matrix_shape)
-    return min(cap_rank, n // 2) if n > SHORT_SIDE else 0
-
-
-def without_excess(
-    u: jax.Array, spec: MatrixSpec, block: jax.Array, excess: jax.Array
-) -> jax.Array:
-    """The leaf, with its leading singular values lowered by the cap."""
-    labels = Labels.of(spec)
-    rank = excess.shape[labels.image.index("y")]
-    v = lax.slice_in_dim(block, 0, rank, axis=labels.block.index("y"))
-    x, y = (labels.image, excess), (labels.block, jnp.conj(v))
-    # Columns before rows: the product is then laid out like the leaf.
-    (columns, c), (rows, r) = (x, y) if labels.image.endswith("y") else (y, x)
-    return u - _einsum(u, labels, lax.Precision.HIGH, f"{columns},{rows}->{labels.leaf}", c, r)
+    sigmas, leading, new, spectra = map(list, zip(*found, strict=True)) if found else ([],) * 4
+    sigmas = list(map(_differentiable, specs, leaves, leading, sigmas))
+    return Search(sigmas, new, spectra)
 
 
 class Labels(NamedTuple):
@@ -215,7 +178,7 @@ def _search(
     num_iters: jax.Array,
     seed: jax.Array,
 ) -> list[Any]:
-    """For each leaf the norms, the leading vectors of its shorter side, the block, the excess."""
+    """For each leaf the norms, the leading vectors of its shorter side, the block, the spectrum."""
     found: dict[int, Any] = {}
     short: dict[int, Any] = {}
     long: dict[int, Any] = {}
@@ -261,20 +224,15 @@ def _iterate(
             list(map(sharding.zeros_of, leaves, of_left)),
         ),
     )
-    found = [
-        (sigma[..., 0], lax.index_in_dim(v, 0, Labels.of(spec).block.index("y"), False), v, None)
-        for spec, sigma, v in zip(specs, sigmas, blocks, strict=True)
-    ]
-    if any(ranks):
-        capped = [i for i, rank in enumerate(ranks) if rank]
-        lowered = (
-            _lowered(specs[i], ranks[i], leaves[i], blocks[i], sigmas[i], left[i]) for i in capped
+    return [
+        (
+            sigma[..., 0],
+            lax.index_in_dim(v, 0, Labels.of(spec).block.index("y"), False),
+            v,
+            None if u is None else (sigma, u),
         )
-        excesses, levels, grams = zip(*lowered, strict=True)
-        squares = together(_largest_eigenvalue, grams)
-        for i, excess, level, square in zip(capped, excesses, levels, squares, strict=True):
-            found[i] = _norm_of_capped(level, square), *found[i][1:3], excess
-    return found
+        for spec, sigma, v, u in zip(specs, sigmas, blocks, left, strict=True)
+    ]
 
 
 def _iteration(
@@ -312,12 +270,12 @@ def _image(
     is_kept = lax.broadcasted_iota(jnp.int32, sizes, axis) < k - (FRESH_WITH_CAP if rank else FRESH)
     v = jnp.where(is_kept, v, _signs(a, labels, v.shape, seed + 1))
     forward = f"{labels.leaf},{labels.block}->{labels.image}"
-    r = _einsum(a, labels, lax.Precision.DEFAULT, forward, a, v)
+    r = einsum(a, labels, lax.Precision.DEFAULT, forward, a, v)
     r, largest = scaled_to_one(r, labels.vector_axes(labels.image))
     axis = labels.image.index("y")
     fresh = lax.slice_in_dim(r, k - 1, k, axis=axis)
     r = lax.concatenate([r, fresh * (jnp.abs(fresh) ** 4).astype(r.dtype)], axis)
-    return r, jnp.max(largest, axis=-1), _gram(a, labels, labels.image, r)
+    return r, jnp.max(largest, axis=-1), gram(a, labels, labels.image, r)
 
 
 @jax.jit
@@ -345,8 +303,8 @@ def _pull_back(
     size = jnp.where(size > 0, size, 1)[..., None, None]
     q = _mix(a, labels, labels.image, r, factor / size.astype(factor.dtype))
     back = f"{labels.image},{labels.leaf}->{labels.block}"
-    y = jnp.conj(_einsum(a, labels, lax.Precision.HIGH, back, jnp.conj(q), a))
-    return q, y, _gram(a, labels, labels.block, y)
+    y = jnp.conj(einsum(a, labels, lax.Precision.HIGH, back, jnp.conj(q), a))
+    return q, y, gram(a, labels, labels.block, y)
 
 
 @jax.jit
@@ -371,14 +329,14 @@ def _rotate(
     y: jax.Array,
     spectrum: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The singular values (*batch, k), the next block, and the left vectors that a cap needs."""
+    """The singular values (*batch, k), the next block, and the left vectors that are asked for."""
     labels = Labels.of(spec)
     k = v.shape[labels.block.index("y")]
     squares, p = spectrum[0][..., :k], spectrum[1][..., :k]
-    is_found = _is_found(squares)  # elsewhere, the old vector stays
-    inverse = lax.rsqrt(jnp.where(is_found, squares, 1))[..., None, :]
+    found = is_found(squares)  # elsewhere, the old vector stays
+    inverse = lax.rsqrt(jnp.where(found, squares, 1))[..., None, :]
     new = _mix(a, labels, labels.block, y, p * inverse.astype(p.dtype))
-    block = jnp.where(jnp.expand_dims(is_found, labels.vector_axes(labels.block)), new, v)
+    block = jnp.where(jnp.expand_dims(found, labels.vector_axes(labels.block)), new, v)
     left = None
     if rank:
         left = _mix(a, labels, labels.image, q, p[..., :rank])
@@ -389,57 +347,10 @@ def _rotate(
     return jnp.where(is_too_large, jnp.inf, sigmas), block, left
 
 
-def _is_found(squares: jax.Array) -> jax.Array:
+def is_found(squares: jax.Array) -> jax.Array:
     """Which of the squared singular values, descending, are more than rounding."""
     k = squares.shape[-1]
     return squares > 4 * (k + 1) * jnp.finfo(squares.dtype).eps * squares[..., :1]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _lowered(
-    spec: MatrixSpec,
-    rank: int,
-    a: jax.Array,
-    v: jax.Array,
-    sigma: jax.Array,
-    left: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The image that the cap subtracts; the level, (*batch,); the Gram matrix of C V over it."""
-    labels = Labels.of(spec)
-    axis, vector_axes = labels.image.index("y"), labels.vector_axes(labels.image)
-    level = jnp.maximum(sigma[..., rank - 1], LEAST_LEVEL * sigma[..., 0])
-    above = jnp.maximum(sigma[..., :rank] - level[..., None], 0)
-    excess = left * jnp.expand_dims(above, vector_axes).astype(left.dtype)
-    excess = jnp.where(jnp.expand_dims(jnp.isfinite(above), vector_axes), excess, 0)  # or NaN
-    forward = f"{labels.leaf},{labels.block}->{labels.image}"
-    image = _einsum(a, labels, lax.Precision.HIGH, forward, a, v)
-    lowered = lax.slice_in_dim(image, 0, rank, axis=axis) - excess
-    others = lax.slice_in_dim(image, rank, None, axis=axis)
-    image = lax.concatenate([lowered, others], axis)
-    inverse = 1 / jnp.where(level > 0, level, 1)[..., None]
-    inverse = jnp.where(_is_found(jnp.square(sigma * inverse)), inverse, 0)
-    image = image * jnp.expand_dims(inverse, vector_axes).astype(image.dtype)
-    return excess, level, _gram(a, labels, labels.image, image)
-
-
-@jax.jit
-def _largest_eigenvalue(gram: jax.Array) -> jax.Array:
-    """Of G, (..., k, k), positive semidefinite: tr(G^257) / tr(G^256)."""
-    power = gram
-    for _ in range(8):
-        trace = jnp.trace(power, axis1=-2, axis2=-1)[..., None, None]
-        power = power / jnp.where(trace == 0, 1, trace)
-        power = jnp.matmul(power, power, precision=lax.Precision.HIGHEST)
-    square = jnp.real(jnp.trace(power, axis1=-2, axis2=-1))
-    product = jnp.real(jnp.sum(power * jnp.conj(gram), axis=(-2, -1)))
-    return product / jnp.where(square > 0, square, 1)
-
-
-@jax.jit
-def _norm_of_capped(level: jax.Array, square: jax.Array) -> jax.Array:
-    """(r + sqrt(r^2 + 4 l^2)) / 2, from c^2 / l^2."""
-    r = jnp.sqrt(jnp.maximum(square - 1, 0))
-    return level * (r + jnp.sqrt(r * r + 4)) / 2
 
 
 def scaled_to_one(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
@@ -476,23 +387,23 @@ def _gram_of_side(spec: MatrixSpec, a: jax.Array) -> tuple[jax.Array, jax.Array]
     side = "".join(labels.block[i] for i in labels.vector_axes(labels.block))
     other = labels.leaf.translate({ord(x): x.upper() for x in side})
     expression = f"{labels.leaf},{other}->{labels.batch}{side}{side.upper()}"
-    gram = _einsum(a, None, lax.Precision.HIGHEST, expression, jnp.conj(a), a)
-    return gram.reshape(*spec.batch_shape, *[min(spec.matrix_shape)] * 2), size
+    product = einsum(a, None, lax.Precision.HIGHEST, expression, jnp.conj(a), a)
+    return product.reshape(*spec.batch_shape, *[min(spec.matrix_shape)] * 2), size
 
 
-def _gram(a: jax.Array, labels: Labels, side: str, x: jax.Array) -> jax.Array:
+def gram(a: jax.Array, labels: Labels, side: str, x: jax.Array) -> jax.Array:
     """X^H X, of vectors of the leaf `a`, (*batch, k, k)."""
     expression = f"{side},{side.replace('y', 'z')}->{labels.batch}yz"
-    return _einsum(a, None, lax.Precision.HIGHEST, expression, jnp.conj(x), x)
+    return einsum(a, None, lax.Precision.HIGHEST, expression, jnp.conj(x), x)
 
 
 def _mix(a: jax.Array, labels: Labels, x_labels: str, x: jax.Array, factor: jax.Array) -> jax.Array:
     """X F, of vectors of the leaf `a`."""
     expression = f"{x_labels},{labels.batch}yz->{x_labels.replace('y', 'z')}"
-    return _einsum(a, labels, lax.Precision.HIGHEST, expression, x, factor)
+    return einsum(a, labels, lax.Precision.HIGHEST, expression, x, factor)
 
 
-def _einsum(
+def einsum(
     a: jax.Array,
     labels: Labels | None,
     precision: lax.Precision,
@@ -510,27 +421,22 @@ def _einsum(
     return jnp.einsum(expression, *operands, precision=precision, out_sharding=laid)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable(
-    spec: MatrixSpec, rank: int, a: jax.Array, v: jax.Array | None, sigma: jax.Array
+    spec: MatrixSpec, a: jax.Array, v: jax.Array | None, sigma: jax.Array
 ) -> jax.Array:
     """The norms of the leaf `a`, with their derivative; `v` as from `_search`."""
-    del spec, rank, a, v
+    del spec, a, v
     return sigma
 
 
 @_differentiable.defjvp
-def _derivative(spec: MatrixSpec, rank: int, primals: Any, tangents: Any) -> Any:
+def _derivative(spec: MatrixSpec, primals: Any, tangents: Any) -> Any:
     """Re(u^H dA v), of the singular vectors of the largest singular value; 0 for a zero matrix.
 
     With v from the block, u = A v over a length such that u^H A v is the estimate of the norm:
     then the derivative along A is the estimate too, as it should be for a norm.
     """
-    if rank:
-        raise NotImplementedError(
-            "A spectral cap has no derivative here. Put jax.lax.stop_gradient around the update "
-            "of the optimizer, or leave the cap out."
-        )
     a, v, sigma = primals
     a, da = (x.astype(compute_dtype(x)) for x in (a, tangents[0]))
     labels, axes = Labels.of(spec), spec.matrix_axes
@@ -540,7 +446,7 @@ def _derivative(spec: MatrixSpec, rank: int, primals: Any, tangents: Any) -> Any
         v = _once_differentiable(v, a)
         block, image = (side.replace("y", "") for side in (labels.block, labels.image))
         expression = f"{labels.leaf},{block}->{image}"
-        u, moved = (_einsum(a, labels, lax.Precision.HIGH, expression, x, v) for x in (a, da))
+        u, moved = (einsum(a, labels, lax.Precision.HIGH, expression, x, v) for x in (a, da))
         axes = tuple(range(len(spec.batch), u.ndim))
     inverse = jnp.where(sigma > 0, 1 / jnp.where(sigma > 0, sigma, 1), 0)
     u = u * jnp.expand_dims(inverse, axes).astype(u.dtype)
