@@ -79,6 +79,16 @@ def tangent(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
     return u.astype(compute_dtype(u)) - spec.times(_multiple(u, w, spec), w)
 
 
+def running_rms(
+    root: jax.Array, count: jax.Array, now: jax.Array, decay: jax.typing.ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """The root of a running mean of squares, from zero, and how many finite values it has."""
+    finite, keep = jnp.isfinite(now), jnp.asarray(decay, root.dtype)
+    mean = jnp.hypot(jnp.sqrt(keep) * root, jnp.sqrt(1 - keep) * now)
+    root = jnp.where(finite, mean, root).astype(root.dtype)
+    return root, jnp.where(finite, count + 1, count)
+
+
 def _multiple(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
     """That of the scaled vectors of `w` which is nearest to `u`; shape (*batch)."""
     u, size = _scaled(u, spec)

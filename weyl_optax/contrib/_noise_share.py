@@ -9,7 +9,7 @@ import optax
 from weyl_optax._arguments import check_above, check_below
 from weyl_optax._bound import is_placeholder
 from weyl_optax._norms.orthogonal_iteration import compute_dtype, zero_norms
-from weyl_optax._norms.vectors import length
+from weyl_optax._norms.vectors import length, running_rms
 from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
 
 
@@ -113,13 +113,11 @@ def scale_by_noise_share(
             g = jnp.asarray(g).astype(mean.dtype)
             now = length(g, spec)
             finite = jnp.isfinite(now)  # if not, it passes into the update alone
-            count = jnp.where(finite, count + 1, count)
+            new_root, count = running_rms(root, count, now, rate)
             unbiased = 1 - rate**count
             noise_only = (1 - rate) / (1 + rate) * (2 - unbiased) / unbiased
             new = rate * mean + (1 - rate) * g
             new = jnp.where(jnp.expand_dims(finite, spec.matrix_axes), new, mean).astype(g.dtype)
-            root_now = jnp.hypot(jnp.sqrt(rate) * root, jnp.sqrt(1 - rate) * now)
-            new_root = jnp.where(finite, root_now, root).astype(root.dtype)
             signal, total = length(new, spec) / unbiased, new_root / jnp.sqrt(unbiased)
             share = 1 - jnp.square(signal / jnp.where(total > 0, total, 1))
             possible = 1 - noise_only

@@ -9,7 +9,7 @@ import optax
 from weyl_optax._arguments import as_schedule, check_at_least, check_below
 from weyl_optax._bound import is_placeholder
 from weyl_optax._norms.orthogonal_iteration import zero_norms
-from weyl_optax._norms.vectors import Per, length, tangent, weight_vectors
+from weyl_optax._norms.vectors import Per, length, running_rms, tangent, weight_vectors
 from weyl_optax._reading.specification import BoundedLeaves, WeightDimNumOrFn
 from weyl_optax.contrib._keep_norm import step_on_sphere
 
@@ -128,12 +128,8 @@ def rotate_vectors(
             d = tangent(u, w, spec)
             moved = length(d, spec)
             # Values that are not finite pass into the update, but not into the state.
-            finite = jnp.isfinite(moved)
-            count = jnp.where(finite, count + 1, count)
-            keep = jnp.asarray(decay, root.dtype)
-            mean = jnp.hypot(jnp.sqrt(keep) * root, jnp.sqrt(1 - keep) * moved)
-            new = jnp.where(finite, mean, root).astype(root.dtype)
-            average = new / jnp.sqrt(1 - keep**count)
+            new, count = running_rms(root, count, moved, decay)
+            average = new / jnp.sqrt(1 - jnp.asarray(decay, root.dtype) ** count)
             step = spec.times(eta * norm / jnp.where(average > 0, average, 1), d)
             is_kept = jnp.expand_dims(norm > 0, spec.matrix_axes)  # see keep_norm
             step = jnp.where(is_kept, step, jnp.asarray(rate, u.dtype) * u).astype(u.dtype)
