@@ -1747,6 +1747,14 @@ def positions_of_class_and_patches(p, x):
 
 
 case(
+    "probe of all layers",
+    lambda w, x, probe: (jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), (w * probe).sum()),
+    (2, d, d),
+    EXPERTS,
+    x,
+    f32(2, d, d),
+)
+case(
     "learned activation of each channel",
     lambda w, x: jax.vmap(
         lambda x, values: jnp.interp(x, jnp.linspace(0, 1, 8), values), (1, 0), 1

@@ -877,8 +877,9 @@ class _Interpreter:
         if not reduction or not output:  # a vector, whichever axes of size 1 were left out
             reduction, output = frozenset(), every - batch
         axes = tuple(sorted(reduction)), tuple(sorted(output))
-        counts = len(view.mixed), len(_wide(leaf, view.batch - view.looked_up))
-        return self.note(_Use(leaf, tuple(self.eqns), kind, problem, axes, *counts))
+        of_one = bool(_wide(leaf, view.batch - view.looked_up))
+        use = _Use(leaf, tuple(self.eqns), kind, problem, axes, len(view.mixed), of_one)
+        return self.note(use)
 
     def statistic(self, view: _View) -> "_Use":
         problem = "uses nothing but a statistic of it"
@@ -924,17 +925,19 @@ class _Use(NamedTuple):
     problem: str = ""
     axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # reduction and output
     num_mixed: int = 0  # axes that had been summed, alone or with other weights
-    num_indexed: int = 0  # axes at one index of which it is used
+    is_of_one_entry: bool = False  # at one index of an axis
     is_activation: bool = False  # of entries that met the data: they make no weight
 
     @property
-    def rank(self) -> tuple[int, int, int, bool]:
-        """Products count first, then those of the leaf itself, of all of it, with a matrix."""
+    def rank(self) -> tuple[int, int, bool, bool]:
+        """Products count first, then those of the leaf itself, with a matrix, and of all of it."""
         return (
             self.kind,
             -self.num_mixed,
-            -self.num_indexed,
-            self.is_activation or all(self.axes) or bool(self.problem),
+            (self.is_activation and not self.is_of_one_entry)
+            or all(self.axes)
+            or bool(self.problem),
+            not self.is_of_one_entry,
         )
 
     @property
