@@ -32,7 +32,7 @@ class WeylBoundState(NamedTuple):
     """
 
     bound_count: jax.Array  # shape=(), dtype=int32.
-    # A block is k vectors along the shorter side, if that is above 16; float32 at least.
+    # A block is k vectors along the shorter side, None if that is at most 16; float32 at least.
     weight_block: Any  # shape=(*batch, k, *output) or (*batch, *reduction, k); k = 8
     update_block: Any  # The same, with k = 8 + cap_rank for a capped update.
     sigma_weight: Any  # shape=batch. Norm of the weight, last update.

@@ -38,7 +38,7 @@ def zeros_of(a: jax.Array, type_: Any) -> jax.Array | None:
 
 
 def vary_as(a: Any, x: jax.Array) -> jax.Array:
-    """`x`, varying over the manual axes of a `shard_map` as `a` does."""
+    """`x`, varying over the manual axes of a `shard_map` as `a` does: as its sum with a zero."""
     return x + lax.full_like(a, 0, x.dtype, ()) if isinstance(a, Tracer) else x
 
 

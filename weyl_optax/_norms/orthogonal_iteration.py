@@ -342,7 +342,7 @@ def _rotate(
         left = _mix(a, labels, labels.image, q, p[..., :rank])
         left = left * jnp.expand_dims(size, tuple(range(size.ndim, left.ndim))).astype(left.dtype)
     sigmas = size[..., None] * jnp.sqrt(squares)
-    # Q over a size near the largest number underflows.
+    # Q was divided by the size: for one near the largest number it is 0, and the norm inf.
     is_too_large = (size > 0)[..., None] & (squares[..., :1] == 0)
     return jnp.where(is_too_large, jnp.inf, sigmas), block, left
 

@@ -43,7 +43,7 @@ def together(fn: Callable[[jax.Array], Any], matrices: Sequence[jax.Array]) -> l
                 )
         return results
 
-    # The barrier makes the devices do the sums for all leaves at once.
+    # Behind a barrier, XLA combines the all-reduces of all matrices into one.
     matrices = lax.optimization_barrier(list(matrices))
     return lax.platform_dependent(matrices, cpu=one_by_one, default=at_once)
 

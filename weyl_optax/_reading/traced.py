@@ -329,7 +329,7 @@ def _reshape(axes: Sequence[_Axis], shape: Sequence[int]) -> list[_Axis]:
     return reshaped
 
 
-_DATA = _Leaf("", (2,))  # as if the inputs were a leaf with one axis: values hold it or do not
+_DATA = _Leaf("", (2,))  # stands for all inputs: what runs over its one axis varies with them
 
 
 def _data(axes: Iterable[_Axis]) -> _View:
