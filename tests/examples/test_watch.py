@@ -12,11 +12,13 @@ from flax import nnx
 import models.gpt
 import models.llama
 import models.swin
+import models.vit
 from examples.language import next_token_loss
 from examples.watch import watch
 from models.gpt import GPT
 from models.llama import Llama
 from models.swin import Swin
+from models.vit import ViT
 from tests import numpy_layers
 
 TERMS = {
@@ -114,8 +116,13 @@ def names(kind, config, batch, loss):
 def test_a_norm_without_a_bias_leaves_13_terms():
     gpt = dataclasses.replace(SMALL_GPT, use_bias=False)
     llama = models.llama.CONFIGS["llama-nano-qk-norm"]
-    for kind, config in ((GPT, gpt), (Llama, llama)):
-        found = names(kind, config, TOKENS, next_token_loss)
+    vit = dataclasses.replace(models.vit.CONFIGS["nano"], num_layers=2, norm="rms")
+    images = np.ones((2, 8, 8, 1), np.float32)
+    for found in (
+        names(GPT, gpt, TOKENS, next_token_loss),
+        names(Llama, llama, TOKENS, next_token_loss),
+        names(ViT, vit, images, mean_square),
+    ):
         expected = {term for term in TERMS if not term.startswith("beta")}
         assert len(expected) == 13
         assert found == {f"blocks/{block}/{term}" for block in range(2) for term in expected}

@@ -27,11 +27,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from weyl_optax import _sharding as sharding
-from weyl_optax._norms.orthogonal_iteration import SHORT_SIDE, Labels, einsum, gram, is_found
+from weyl_optax._norms.orthogonal_iteration import (
+    SHORT_SIDE,
+    Labels,
+    einsum,
+    gram,
+    is_found,
+    undifferentiable,
+)
 from weyl_optax._norms.small_problems import together
 from weyl_optax._reading.specification import MatrixSpec
 
 LEAST_LEVEL = 0.01  # as a share of the largest singular value: for low ranks
+NO_DERIVATIVE = (
+    "A spectral cap has no derivative here. Put jax.lax.stop_gradient around the update of the "
+    "optimizer, or leave the cap out."
+)
 
 
 def rank_of(spec: MatrixSpec, cap_rank: int) -> int:
@@ -57,9 +68,10 @@ def lower(
     Returns:
         The leaves, and the norms of their matrices. Neither has a derivative.
     """
-    fixed = lax.stop_gradient((list(leaves), list(blocks), list(spectra)))
-    capped, norms = _lower(tuple(specs), *fixed)
-    return list(map(_undifferentiable, capped, leaves)), list(map(_undifferentiable, norms, leaves))
+    constants = lax.stop_gradient((list(leaves), list(blocks), list(spectra)))
+    capped, norms = _lower(tuple(specs), *constants)
+    fixed = functools.partial(undifferentiable, NO_DERIVATIVE)
+    return list(map(fixed, capped, leaves)), list(map(fixed, norms, leaves))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -135,18 +147,3 @@ def _without_excess(
     # Columns before rows: the product is then laid out like the leaf.
     (columns, c), (rows, r) = (x, y) if labels.image.endswith("y") else (y, x)
     return a - einsum(a, labels, lax.Precision.HIGH, f"{columns},{rows}->{labels.leaf}", c, r)
-
-
-@jax.custom_jvp
-def _undifferentiable(x: jax.Array, a: jax.Array) -> jax.Array:
-    """X, whose derivative along the leaf `a` is an error."""
-    del a
-    return x
-
-
-@_undifferentiable.defjvp
-def _derivative(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        "A spectral cap has no derivative here. Put jax.lax.stop_gradient around the update of "
-        "the optimizer, or leave the cap out."
-    )

@@ -40,6 +40,10 @@ FRESH = 1  # vectors drawn afresh in each iteration
 FRESH_WITH_CAP = 4  # and with a cap, which must lower what is new at once
 COLD_ITERS = 16  # iterations that find a norm from a random block
 SHORT_SIDE = 16  # up to this, a Gram matrix is cheaper than a search, and exact
+NO_SECOND_DERIVATIVE = (
+    "A spectral norm has no second derivative here. Put jax.lax.stop_gradient around the "
+    "norm, or around the update of the optimizer, in the inner derivative."
+)
 
 
 class Search(NamedTuple):
@@ -441,9 +445,9 @@ def _derivative(spec: MatrixSpec, primals: Any, tangents: Any) -> Any:
     a, da = (x.astype(compute_dtype(x)) for x in (a, tangents[0]))
     labels, axes = Labels.of(spec), spec.matrix_axes
     if v is None:
-        u, moved = _once_differentiable(a, a), da
+        u, moved = undifferentiable(NO_SECOND_DERIVATIVE, a, a), da
     else:
-        v = _once_differentiable(v, a)
+        v = undifferentiable(NO_SECOND_DERIVATIVE, v, a)
         block, image = (side.replace("y", "") for side in (labels.block, labels.image))
         expression = f"{labels.leaf},{block}->{image}"
         u, moved = (einsum(a, labels, lax.Precision.HIGH, expression, x, v) for x in (a, da))
@@ -454,16 +458,13 @@ def _derivative(spec: MatrixSpec, primals: Any, tangents: Any) -> Any:
     return sigma, inner / jnp.where(square > 0, square, 1)
 
 
-@jax.custom_jvp
-def _once_differentiable(x: jax.Array, a: jax.Array) -> jax.Array:
-    """X, whose derivative along the leaf `a` is an error."""
-    del a
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def undifferentiable(message: str, x: jax.Array, a: jax.Array) -> jax.Array:
+    """X, whose derivative along the leaf `a` is an error with this message."""
+    del message, a
     return x
 
 
-@_once_differentiable.defjvp
-def _second_derivative(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        "A spectral norm has no second derivative here. Put jax.lax.stop_gradient around the "
-        "norm, or around the update of the optimizer, in the inner derivative."
-    )
+@undifferentiable.defjvp
+def _error(message: str, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(message)
