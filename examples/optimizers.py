@@ -89,8 +89,9 @@ class Settings:
     """Decay rate of Adam's second moment; for Lion, of the momentum that is kept."""
     adam_share: float = 0.1
     """Times the learning rate, that of Adam for embeddings and vectors (Muon, AdamH, MuonH)."""
-    sign_share: float = 1.0
-    """Times the learning rate, the step of every entry of embeddings and head (Scion)."""
+    sign_share: float = 1 / 3
+    """Times the learning rate, the step of every entry of embeddings; of the head 10 / width of
+    that (Scion)."""
     cap_rank: int = 32
     """Singular values of an update that are lowered to the last of them (AdamW² with the cap)."""
     max_norm: float = 10.0
@@ -145,6 +146,13 @@ def is_hidden_kernel(params: Any, is_leaf: Callable[[Any], bool] | None = None) 
         return "blocks/" in name and name.endswith("kernel")
 
     return jax.tree.map_with_path(is_hidden, params, is_leaf=is_leaf)
+
+
+def is_embedding(params: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """The embeddings."""
+    return jax.tree.map_with_path(
+        lambda path, _: _name(path).endswith("embedding"), params, is_leaf=is_leaf
+    )
 
 
 def _name(path: tuple[Any, ...]) -> str:
@@ -262,7 +270,7 @@ def _muon(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTran
     muon = optax.contrib.muon(
         rate,
         weight_decay=s.weight_decay,
-        muon_weight_dimension_numbers=rivals.only_hidden(numbers, hidden),
+        muon_weight_dimension_numbers=rivals.only_where(numbers, hidden),
     )
     labels = jax.tree.map(lambda is_hidden: "muon" if is_hidden else "others", hidden)
     return optax.partition({"muon": muon, "others": _others(rate, s)}, labels)
@@ -329,6 +337,7 @@ def _scion(rate: optax.Schedule, s: Settings, numbers: Any) -> optax.GradientTra
         rate,
         numbers,
         is_hidden_kernel(numbers, is_numbers),
+        is_embedding(numbers, is_numbers),
         b1=s.b1,
         weight_decay=s.weight_decay,
         mask=is_decayed,
@@ -435,7 +444,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         "Scion, no warmup",
         _scion,
         _no_warmup,
-        _from(3e-3, **_DECAY, b1=(0.5, 0.95), sign_share=(0.1, 10.0)),
+        _from(3e-3, **_DECAY, b1=(0.5, 0.95), sign_share=(0.03, 3.0)),
     ),
     "normuon": Optimizer("NorMuon, no warmup", _normuon, _no_warmup, _from(3e-3, **_MUON)),
 }

@@ -18,60 +18,73 @@ def scion(
     learning_rate: optax.Schedule,
     numbers: Any,
     hidden: Any,
+    embeddings: Any,
     *,
     b1: float = 0.9,
     weight_decay: float = 0.0,
     mask: Any = None,
-    sign_share: float = 1.0,
+    sign_share: float = 1 / 3,
 ) -> optax.GradientTransformation:
     r"""Scion: steps of a set size in the norm that suits a layer.
 
     With the momentum :math:`D`, an average of the gradients, a hidden kernel moves by
     :math:`\sqrt{d_{out} / d_{in}}\, U V^\top` where :math:`D = U S V^\top` (by Newton-Schulz), a
-    vector by :math:`D` over its root mean square, and embeddings and head by the sign of
-    :math:`D`, times `sign_share`. The paper's radius is the reciprocal of the weight decay.
+    vector by :math:`D` over its root mean square, embeddings by the sign of :math:`D`, times
+    `sign_share`, and the head by :math:`10 / d_{in}` of that. The paper's radius is the reciprocal
+    of the weight decay. The authors' GPT with a separate head has radii of 1, 3 and
+    :math:`10 / d_{in}` for embeddings, hidden kernels and head, so a `sign_share` of a third.
 
     Args:
         learning_rate: Its schedule.
         numbers: The dimension numbers of all leaves; a vector has no reduction axis.
         hidden: Which leaves are hidden kernels.
+        embeddings: Which leaves are embeddings. A kernel that is neither is a head.
         b1: Decay rate of the momentum.
         weight_decay: Times the learning rate.
         mask: The leaves to decay.
-        sign_share: The step of an entry of embeddings and head, in learning rates.
+        sign_share: The step of an entry of embeddings, in learning rates.
 
     References:
         Pethick et al, `Training Deep Learning Models with Norm-Constrained LMOs
         <https://arxiv.org/abs/2502.07529>`_, 2025
     """
 
-    def label(n: MuonDimensionNumbers, is_hidden: bool) -> str:
-        return "spectral" if is_hidden else "sign" if np.size(n.reduction_axis) else "rms"
+    def label(n: MuonDimensionNumbers, is_hidden: bool, is_embedding: bool) -> str:
+        if not np.size(n.reduction_axis):
+            return "vector"
+        return "hidden" if is_hidden else "embedding" if is_embedding else "head"
 
-    def to_output(n: MuonDimensionNumbers, u: jax.Array) -> jax.Array:
+    labels = jax.tree.map(label, numbers, hidden, embeddings, is_leaf=is_numbers)
+    heads = jax.tree.map(lambda found: found == "head", labels)
+
+    def spectral(n: MuonDimensionNumbers, u: jax.Array) -> jax.Array:
         ratio = _size(u, n.output_axis) / _size(u, n.reduction_axis)
         return math.sqrt(ratio) * u
 
+    def sign_of_head(n: MuonDimensionNumbers, d: jax.Array) -> jax.Array:
+        return 10 / _size(d, n.reduction_axis) * sign_share * jnp.sign(d)
+
+    average = optax.ema(b1, debias=False)
     steps: dict[Hashable, optax.GradientTransformation] = {
-        "spectral": optax.chain(
+        "hidden": optax.chain(
             scale_by_muon(
-                beta=b1, nesterov=False, weight_dimension_numbers=only_hidden(numbers, hidden)
+                beta=b1, nesterov=False, weight_dimension_numbers=only_where(numbers, hidden)
             ),
-            _of_matrices(to_output, numbers, hidden),
+            _of_matrices(spectral, numbers, hidden),
         ),
-        "sign": optax.chain(
-            optax.ema(b1, debias=False),
-            optax.stateless_with_tree_map(lambda d, _: sign_share * jnp.sign(d)),
+        "embedding": optax.chain(
+            average, optax.stateless_with_tree_map(lambda d, _: sign_share * jnp.sign(d))
         ),
-        "rms": optax.chain(
-            optax.ema(b1, debias=False),
+        "head": optax.chain(average, _of_matrices(sign_of_head, numbers, heads)),
+        "vector": optax.chain(
+            average,
             optax.stateless_with_tree_map(
                 lambda d, _: d / jnp.sqrt(jnp.mean(d**2, axis=-1, keepdims=True) + 1e-30)
             ),
         ),
     }
     return optax.chain(
-        optax.partition(steps, jax.tree.map(label, numbers, hidden, is_leaf=is_numbers)),
+        optax.partition(steps, labels),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -113,7 +126,7 @@ def normuon(
         return 0.2 * u / (jnp.sqrt(jnp.mean(u**2, axes, keepdims=True)) + 1e-10)
 
     muon = optax.chain(
-        scale_by_muon(beta=b1, weight_dimension_numbers=only_hidden(numbers, hidden)),
+        scale_by_muon(beta=b1, weight_dimension_numbers=only_where(numbers, hidden)),
         _scale_by_units(b2, numbers, hidden),
         _of_matrices(to_one_size, numbers, hidden),
         optax.add_decayed_weights(weight_decay, mask),
@@ -147,21 +160,21 @@ def _scale_by_units(b2: float, numbers: Any, hidden: Any) -> optax.GradientTrans
 
 
 def _of_matrices(
-    function: Callable[[MuonDimensionNumbers, jax.Array], jax.Array], numbers: Any, hidden: Any
+    function: Callable[[MuonDimensionNumbers, jax.Array], jax.Array], numbers: Any, where: Any
 ) -> optax.GradientTransformation:
-    """A function of every hidden kernel's update."""
-    only = only_hidden(numbers, hidden)
+    """A function of the update of every leaf that `where` picks."""
+    only = only_where(numbers, where)
     return optax.stateless(
         lambda updates, _: jax.tree.map(function, only, updates, is_leaf=is_numbers)
     )
 
 
-def only_hidden(numbers: Any, hidden: Any) -> Any:
-    """The numbers of hidden kernels, in a tree that is masked as `optax.partition` masks it."""
+def only_where(numbers: Any, where: Any) -> Any:
+    """The numbers of the picked leaves, in a tree that is masked as `optax.partition` masks it."""
     return jax.tree.map(
-        lambda n, is_hidden: n if is_hidden else optax.MaskedNode(),
+        lambda n, is_picked: n if is_picked else optax.MaskedNode(),
         numbers,
-        hidden,
+        where,
         is_leaf=is_numbers,
     )
 

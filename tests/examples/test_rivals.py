@@ -9,8 +9,13 @@ from optax.contrib import MuonDimensionNumbers
 
 from examples import optimizers
 
-SHAPES = {"blocks": {"kernel": (2, 6, 4), "scale": (2, 4)}, "head": {"kernel": (4, 5)}}
-NUMBERS = {  # a stack of two kernels from 6 to 4, two vectors, a head
+SHAPES = {
+    "embed": {"embedding": (5, 6)},
+    "blocks": {"kernel": (2, 6, 4), "scale": (2, 4)},
+    "head": {"kernel": (4, 5)},
+}
+NUMBERS = {  # an embedding, a stack of two kernels from 6 to 4, two vectors, a head
+    "embed": {"embedding": MuonDimensionNumbers(0, 1)},
     "blocks": {"kernel": MuonDimensionNumbers(1, 2), "scale": MuonDimensionNumbers((), 1)},
     "head": {"kernel": MuonDimensionNumbers(0, 1)},
 }
@@ -55,11 +60,12 @@ def test_scion_is_that_of_its_paper():
             v = v - RATE * e / np.sqrt(np.mean(e**2))
         np.testing.assert_allclose(found["blocks"]["kernel"][layer], w, atol=1e-5)
         np.testing.assert_allclose(found["blocks"]["scale"][layer], v, atol=1e-5)
-    w, d = PARAMS["head"]["kernel"], 0.0
-    for grads in GRADS:
-        d = 0.8 * d + 0.2 * grads["head"]["kernel"]
-        w = (1 - RATE * DECAY) * w - RATE * 2.0 * np.sign(d)
-    np.testing.assert_allclose(found["head"]["kernel"], w, atol=1e-5)
+    for group, leaf, share in (("embed", "embedding", 2.0), ("head", "kernel", 2.0 * 10 / 4)):
+        w, d = PARAMS[group][leaf], 0.0
+        for grads in GRADS:
+            d = 0.8 * d + 0.2 * grads[group][leaf]
+            w = (1 - RATE * DECAY) * w - RATE * share * np.sign(d)
+        np.testing.assert_allclose(found[group][leaf], w, atol=1e-5)
 
 
 def test_normuon_is_that_of_its_paper():
@@ -87,8 +93,8 @@ def test_what_normuon_is_not_for_has_adam():
         updates, state = adam.update(jax.tree.map(jnp.float32, grads), state, params)
         params = optax.apply_updates(params, updates)
     found = trained("normuon")
-    np.testing.assert_allclose(found["head"]["kernel"], params["head"]["kernel"], atol=1e-6)
-    np.testing.assert_allclose(found["blocks"]["scale"], params["blocks"]["scale"], atol=1e-6)
+    for group, leaf in (("embed", "embedding"), ("blocks", "scale"), ("head", "kernel")):
+        np.testing.assert_allclose(found[group][leaf], params[group][leaf], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["scion", "normuon"])
@@ -116,5 +122,5 @@ def test_what_muon_does_not_take_goes_to_adamw_at_a_share_of_the_rate(name):
         grads = jax.tree.map(jnp.float32, grads)
         updates, states[0] = found.update(grads, states[0], params)
         of_adamw, states[1] = expected.update(grads, states[1], params)
-        for group, leaf in (("blocks", "scale"), ("head", "kernel")):
+        for group, leaf in (("embed", "embedding"), ("blocks", "scale"), ("head", "kernel")):
             np.testing.assert_allclose(updates[group][leaf], of_adamw[group][leaf], rtol=1e-5)
