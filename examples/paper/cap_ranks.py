@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -84,8 +83,7 @@ def main(flags: Flags, models: dict[str, nano.Nano]) -> None:
         for run in runs(flags):
             line = table.get(run, lambda: train(model, flags.tau, run))  # noqa: B023
             row = losses.setdefault((name, run["steps"], run["learning_rate"]), {})
-            loss = math.inf if line["val_loss"] is None else line["val_loss"]
-            row.setdefault(run["rank"], []).append(loss)
+            row.setdefault(run["rank"], []).append(run_table.loss_of(line, "val_loss"))
     head = ["validation loss", "steps", "rate"]
     rows = [head + [f"rank {rank}" if rank else "no cap" for rank in flags.ranks]]
     for (name, steps, rate), row in losses.items():

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from examples import optimizers, plots, program, run_folder
 from examples.paper import comparison_tables, nano, problems, run_table
 from examples.paper.comparison_tables import Tuned
 from examples.paper.problems import Problem
-from examples.paper.run_table import Line, RunTable
+from examples.paper.run_table import Line, RunTable, loss_of
 from examples.paper.search import Search, Settings, search
 from examples.paper.trainer import Trainer, finite
 
@@ -85,9 +84,10 @@ def prepare(flags: Flags) -> Problem:
         changes["batch"] = flags.batch
     problem = problems.load(flags.model, flags.data, **changes)
     common = common_of(flags, problem).items()
-    if flags.report and not any(common <= line.items() for line in lines):
+    lines = [line for line in lines if common <= line.items() and line["use"] == "tuning"]
+    if flags.report and not any(line["optimizer"] in flags.runs for line in lines):
         raise ValueError(
-            f"{flags.table} has no run of {flags.model} on {problem.data} with "
+            f"{flags.table} has no trial of --runs with {flags.model} on {problem.data}, "
             f"{flags.steps} steps, batches of {problem.config.batch} and --decay {flags.decay}. "
             "The default text is the standard library of this Python, and differs from version to "
             "version. Train with examples.paper.compare without --report, or use the Python that "
@@ -100,16 +100,15 @@ def main(flags: Flags, problem: Problem) -> None:
     """Trains what the table has not, and shows it: tables and pictures."""
     runs = Runs(flags, problem)
     found = tune(runs, flags)
-    for seed, name in itertools.product(fresh_seeds(flags), flags.runs):
+    for seed, name in itertools.product(fresh_seeds(flags), found):
         runs.get(name, "fresh", seed, found[name].best)
     if flags.rates:
-        for factor, name in itertools.product(RATES, flags.runs):
+        for factor, name in itertools.product(RATES, found):
             runs.get(name, "rate", TUNING_SEED, at_rate(found[name].best, factor))
-    tuned = {name: gather(runs, name, found[name], flags) for name in flags.runs}
-    tuned = {name: t for name, t in tuned.items() if t.fresh}
+    tuned = {name: gather(runs, name, search, flags) for name, search in found.items()}
     print(comparison_tables.report(tuned, flags.steps))
     losses = {
-        name: {at["settings"]["learning_rate"]: [at["val_loss"] or math.inf] for _, at in t.rates}
+        name: {at["settings"]["learning_rate"]: [loss_of(at, "val_loss")] for _, at in t.rates}
         for name, t in tuned.items()
     }
     curves = {name: t.fresh for name, t in tuned.items() if t.fresh}
@@ -121,7 +120,7 @@ def main(flags: Flags, problem: Problem) -> None:
 
 
 def tune(runs: "Runs", flags: Flags) -> dict[str, Search]:
-    """The trials of every optimizer."""
+    """The trials of every optimizer that has one."""
     return search(
         {name: runs.losses(name) for name in flags.runs},
         {name: optimizers.OPTIMIZERS[name].ranges for name in flags.runs},
@@ -174,12 +173,12 @@ class Runs:
         self._is_report, self._problem = flags.report, problem
         self._table = RunTable(flags.table, common_of(flags, problem))
 
-    def losses(self, name: str) -> Callable[[Settings], float]:
-        """The validation loss of an optimizer's trials, inf for none."""
+    def losses(self, name: str) -> Callable[[Settings], float | None]:
+        """The validation loss of an optimizer's trials, None where a report finds none."""
 
-        def loss(settings: Settings) -> float:
+        def loss(settings: Settings) -> float | None:
             line = self.get(name, "tuning", TUNING_SEED, settings)
-            return math.inf if line is None or line["val_loss"] is None else line["val_loss"]
+            return line and loss_of(line, "val_loss")
 
         return loss
 

@@ -9,7 +9,7 @@ from scipy import stats
 
 from examples import tables
 from examples.optimizers import LABELS
-from examples.paper.run_table import Line
+from examples.paper.run_table import Line, loss_of
 from examples.paper.search import Search, at_edges
 
 CLOSE = 0.05  # nats above the best trial
@@ -30,7 +30,7 @@ class Tuned(NamedTuple):
 def report(tuned: Mapping[str, Tuned], steps: int) -> str:
     """The tables, of optimizers with a trial at least."""
     found = results(tuned, steps), differences(tuned), sensitivity(tuned)
-    return "\n\n".join(map(tables.markdown, found))
+    return "\n\n".join(tables.markdown(rows) for rows in found if len(rows[0]) > 1)
 
 
 def results(tuned: Mapping[str, Tuned], steps: int) -> list[Row]:
@@ -40,7 +40,7 @@ def results(tuned: Mapping[str, Tuned], steps: int) -> list[Row]:
         best = t.search.best
         edges = at_edges(t.search.ranges, best, steps)
         shown = ", ".join(f"{key} {value:g}{'!' * (key in edges)}" for key, value in best.items())
-        losses = [_loss(line, "test_loss") for line in t.fresh]
+        losses = [loss_of(line, "test_loss") for line in t.fresh]
         rows.append(
             (
                 np.mean(losses) if losses else math.inf,
@@ -59,7 +59,7 @@ def results(tuned: Mapping[str, Tuned], steps: int) -> list[Row]:
 def differences(tuned: Mapping[str, Tuned]) -> list[Row]:
     """Differences of test losses, paired over the seeds; an arrow where zero is outside."""
     losses = {
-        name: {line["seed"]: _loss(line, "test_loss") for line in t.fresh}
+        name: {line["seed"]: loss_of(line, "test_loss") for line in t.fresh}
         for name, t in tuned.items()
     }
     against = [name for name in AGAINST if name in tuned]
@@ -81,8 +81,8 @@ def sensitivity(tuned: Mapping[str, Tuned]) -> list[Row]:
     head = ("validation loss", "close trials", *(f"rate x {f:g}" for f in factors), "CPU seconds")
     rows: list[Row] = [head]
     for name, t in tuned.items():
-        close = np.mean([_loss(line, "val_loss") <= _best(t) + CLOSE for line in t.trials])
-        at = {factor: f"{_loss(line, 'val_loss'):.3f}" for factor, line in t.rates}
+        close = np.mean([loss_of(line, "val_loss") <= _best(t) + CLOSE for line in t.trials])
+        at = {factor: f"{loss_of(line, 'val_loss'):.3f}" for factor, line in t.rates}
         seconds = np.median([line["cpu_seconds"] for line in t.trials])
         cells = (at.get(factor, "") for factor in factors)
         rows.append((LABELS[name], f"{close:.0%}", *cells, f"{seconds:.0f}"))
@@ -100,8 +100,4 @@ def interval(values: Sequence[float], sign: str = "") -> str:
 
 
 def _best(t: Tuned) -> float:
-    return min(_loss(line, "val_loss") for line in t.trials)
-
-
-def _loss(line: Line, key: str) -> float:
-    return math.inf if line[key] is None else line[key]
+    return min(loss_of(line, "val_loss") for line in t.trials)

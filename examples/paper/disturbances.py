@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def prepare(flags: Flags) -> dict[str, Settings]:
     run_table.read(flags.table)  # which checks it
     runs = compare.Runs(of, compare.prepare(of))
     found = {name: search.best for name, search in compare.tune(runs, of).items()}
-    if missing := [name for name in found if math.isinf(runs.losses(name)(found[name]))]:
+    if missing := [name for name in flags.runs if name not in found]:
         raise ValueError(f"{flags.comparison} has no trial of {', '.join(missing)}.")
     return found
 
@@ -81,8 +80,7 @@ def main(flags: Flags, settings: dict[str, Settings]) -> None:
     for seed, case, name in itertools.product(range(1, flags.seeds + 1), cases, flags.runs):
         run = {"optimizer": name, "case": case, "seed": seed, "settings": settings[name]}
         line = table.get(run, lambda: cases[case](name, settings[name], seed))  # noqa: B023
-        loss = math.inf if line["test_loss"] is None else line["test_loss"]
-        losses.setdefault((case, name), []).append(loss)
+        losses.setdefault((case, name), []).append(run_table.loss_of(line, "test_loss"))
     rows = [("test loss", *cases)]
     for name in flags.runs:
         cells = (interval(losses[case, name]) for case in cases)

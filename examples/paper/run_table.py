@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ def read(path: Path) -> list[Line]:
     return lines
 
 
+def loss_of(line: Line, key: str) -> float:
+    """A loss of a line, inf where it was not finite."""
+    return math.inf if line[key] is None else line[key]
+
+
 class RunTable:
     """The lines of a table that have something in common.
 
@@ -46,7 +52,6 @@ class RunTable:
 
     def __init__(self, path: Path, common: Line):
         self._path, self._locks, self._common = path, path.with_suffix(".locks"), common
-        self._locks.mkdir(parents=True, exist_ok=True)
         self._lines = self._read()
 
     def find(self, run: Line) -> Line | None:
@@ -62,6 +67,7 @@ class RunTable:
         if found := self.find(run):
             return found
         digest = hashlib.blake2b(json.dumps(self._common | run).encode(), digest_size=8)
+        self._locks.mkdir(parents=True, exist_ok=True)
         with FileLock(self._locks / digest.hexdigest()):
             self._lines = self._read()
             return self.find(run) or self._add(run | train())

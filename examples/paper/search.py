@@ -20,39 +20,39 @@ class Search(NamedTuple):
 
     best: Settings
     tried: list[Settings]
-    ranges: Ranges  # of the last round
+    ranges: Ranges  # of its last round
 
 
 def search(
-    losses: Mapping[str, Callable[[Settings], float]],
+    losses: Mapping[str, Callable[[Settings], float | None]],
     ranges: Mapping[str, Ranges],
     trials: int,
     rounds: int,
     steps: int,
 ) -> dict[str, Search]:
-    """Trials of several optimizers, by their names.
+    """Trials of several optimizers, by their names: of those that have one.
 
     They take turns, so that what is cut short has as many trials of each.
 
     Args:
-        losses: Of their settings.
+        losses: Of their settings; None for a trial that is not to be made, nor counted.
         ranges: Of their settings, in the first round.
         trials: Of each, in a round.
         rounds: After each, ranges are widened.
         steps: Of a run.
     """
-    tried: dict[str, list[Settings]] = {name: [] for name in losses}
-    best, ranges = {}, dict(ranges)
+    found: dict[str, Search] = {}
+    ranges = dict(ranges)
     for last in range(trials, rounds * trials + 1, trials):
         drawn = {name: draw(ranges[name], last - trials, last, steps) for name in losses}
         for i, name in itertools.product(range(trials), losses):
             losses[name](drawn[name][i])
         for name, loss in losses.items():
-            tried[name] += drawn[name]
-            best[name] = min(tried[name], key=loss)
-            if last < rounds * trials:
-                ranges[name] = widen(ranges[name], best[name], steps)
-    return {name: Search(best[name], tried[name], ranges[name]) for name in losses}
+            if new := [settings for settings in drawn[name] if loss(settings) is not None]:
+                tried = found[name].tried + new if name in found else new
+                found[name] = Search(min(tried, key=loss), tried, ranges[name])
+                ranges[name] = widen(ranges[name], found[name].best, steps)
+    return found
 
 
 def draw(ranges: Ranges, start: int, stop: int, steps: int) -> list[Settings]:

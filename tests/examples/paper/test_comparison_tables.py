@@ -39,6 +39,14 @@ def test_the_report_has_intervals_of_student_and_paired_differences():
     assert sensitivity["Muon, no warmup"] == ["100%", "1.900", "", "30"]
 
 
+def test_an_optimizer_without_fresh_seeds_is_last_and_nothing_is_compared_with_none():
+    text = comparison_tables.report({"lion": ADAMW._replace(fresh=[]), "radam": MUON}, steps=800)
+    results, sensitivity = map(cells_of, text.split("\n\n"))
+    assert list(results) == ["RAdam, no warmup", "Lion, no warmup"]
+    assert results["Lion, no warmup"][:3] == ["", "0", "2.000"]
+    assert list(sensitivity) == ["Lion, no warmup", "RAdam, no warmup"]
+
+
 def cells_of(table):
     """The cells of the lines of a table in Markdown, by what they begin with."""
     _, _, *lines = table.splitlines()

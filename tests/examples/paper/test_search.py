@@ -66,3 +66,18 @@ def test_optimizers_take_turns_and_have_as_many_trials_and_a_widened_one_finds_m
     assert found["b"].ranges == ranges["b"]
     assert found["a"].best["learning_rate"] > 0.03
     assert found["b"].best == min(found["b"].tried, key=losses["b"])
+
+
+def test_of_a_search_that_was_cut_short_the_ranges_are_those_of_its_last_round():
+    """The second round, whose ranges are wider, has no trial; of `b` there is none at all."""
+    ranges = {name: {"learning_rate": (3e-4, 3e-2)} for name in "ab"}
+    first = search.draw(ranges["a"], 0, 8, 100)
+
+    def loss(settings):  # the higher the rate, the better
+        return -settings["learning_rate"] if settings in first else None
+
+    losses = {"a": loss, "b": lambda settings: None}
+    found = search.search(losses, ranges, trials=8, rounds=2, steps=100)
+    best = max(first, key=lambda settings: settings["learning_rate"])
+    assert found == {"a": search.Search(best, first, ranges["a"])}
+    assert search.at_edges(found["a"].ranges, best, 100) == {"learning_rate": 1}
