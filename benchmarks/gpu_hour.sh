@@ -83,7 +83,7 @@ train() {  # the name of the part, the learning rate, the optimizers; the model,
 if [ -z "$dry" ]; then
   update_cost 1_update gpt2-small
   update_cost 2_update_layers_apart gpt2-small-unstacked
-  part 3_step benchmarks.step_cost --models gpt2-small-0.5M vit-base --seconds 60 \
+  part 3_step benchmarks.step_cost --models gpt2-small-0.5M vit-base --seconds 120 \
     --out "$out/3_step/table.json"
 else
   update_cost 1_update lora

@@ -1,42 +1,56 @@
-"""What a whole training step costs with `adamw2`, as a ratio to `optax.adamw`."""
+"""What a whole training step costs with each optimizer, as a ratio to `optax.adamw`."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import tyro
 
 from benchmarks import measure, peers, tasks
 
+OptimizerName: TypeAlias = Literal[*peers.OPTIMIZERS]
+
 
 @dataclasses.dataclass(frozen=True)
 class Flags(tasks.Flags):
-    """Time a step (forward, backward, update) with adamw2 and with optax.adamw, in turns."""
+    """Time a step (forward, backward, update) with each optimizer and with optax.adamw, in turns.
 
+    A cap of rank 32 is a quarter of the width of the small models.
+    """
+
+    optimizers: tuple[OptimizerName, ...] = (
+        peers.OURS, "adamw2, a cap of rank 32", "optax.contrib.muon",
+    )  # fmt: skip
+    """Optimizers."""
     seconds: float = 60.0
     """Time for each model."""
     out: Path = Path("runs/benchmarks/step_cost.json")
     """The file for the table."""
 
 
-def measure_model(name: tasks.Name, budget: float) -> dict[str, Any]:
-    """A row of the table."""
-    base, own = (
-        tasks.Training(tasks.make(name), peers.OPTIMIZERS[which])
-        for which in (peers.BASE, peers.OURS)
-    )
-    times = measure.seconds({"base": base.step, "own": own.step}, budget)
-    return {
-        "model": name,
-        f"{peers.BASE}, ms": 1e3 * times["base"],
-        f"{peers.OURS}, ms": 1e3 * times["own"],
-        f"{peers.OURS} / {peers.BASE}": times["own"] / times["base"],
+def measure_model(name: tasks.Name, flags: Flags) -> list[dict[str, Any]]:
+    """The rows of a model."""
+    optimizers = dict.fromkeys((peers.BASE, *flags.optimizers))
+    steps = {
+        optimizer: tasks.Training(tasks.make(name), peers.OPTIMIZERS[optimizer]).step
+        for optimizer in optimizers
     }
+    times = measure.seconds(steps, flags.seconds)
+    return [
+        {
+            "model": name,
+            "optimizer": optimizer,
+            "ms": 1e3 * time,
+            "time": time / times[peers.BASE],
+        }
+        for optimizer, time in times.items()
+    ]
 
 
 def main(flags: Flags) -> None:
     """Prints the table."""
-    measure.report([measure_model(name, flags.seconds) for name in flags.models], flags.out)
+    rows = [row for name in flags.models for row in measure_model(name, flags)]
+    measure.report(rows, flags.out)
 
 
 if __name__ == "__main__":
