@@ -60,7 +60,8 @@ def adamw2(
         mu_dtype: The dtype of the first moment, by default the params' dtype.
         weight_decay: Strength of the weight decay, or a schedule. It is multiplied by
             the bounded rate :math:`\alpha_t`.
-        mask: The leaves to decay, see :func:`optax.adamw`.
+        mask: The leaves to decay, see :func:`optax.adamw`. Within
+            :func:`optax.inject_hyperparams`, name a function in ``static_args``.
         nesterov: Whether to use Nesterov momentum.
         tau: Largest relative growth of a spectral norm in a step, or a schedule; see
             :func:`scale_by_weyl_bound`, also for the arguments that follow.

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._arguments import as_schedule, check_at_least, check_in
+from weyl_optax._arguments import as_schedule, check_at_least, check_in, of_each_leaf
 from weyl_optax._norms import cap
 from weyl_optax._norms import orthogonal_iteration as iteration
 from weyl_optax._reading.specification import (
     BoundedLeaves,
     MatrixSpec,
     WeightDimNumOrFn,
-    is_function,
 )
 from weyl_optax._reading.tabulate import warn_of_reading_by_rank
 
@@ -108,7 +107,8 @@ def scale_by_weyl_bound(
             With exponential growth, the paper uses 0.003 to 0.004 for ViT, 0.004 for Swin, and
             0.01 for GPT, over 100,000 steps or more; a shorter run needs a larger one.
         learning_rate: The rate, or the schedule, of the
-            :func:`optax.scale_by_learning_rate` that follows. With the default of
+            :func:`optax.scale_by_learning_rate` that follows, or of the
+            :func:`optax.scale_by_schedule`, whose sign does not matter. With the default of
             1.0, the update itself is bounded.
         growth: How a norm may grow over the steps: ``"linear"``, or ``"exponential"`` as in
             the paper.
@@ -118,11 +118,12 @@ def scale_by_weyl_bound(
             :math:`W_t = W_{t-1} - \alpha_t U_t - \alpha_t \lambda W_{t-1}`. Use it only
             before :func:`optax.scale_by_learning_rate`: after a whole optimizer, whose update
             is already negated, give the decay to that optimizer instead.
-        weight_decay_mask: The leaves to decay, as in :func:`optax.add_decayed_weights`.
+        weight_decay_mask: The leaves to decay, as in :func:`optax.add_decayed_weights`. Within
+            :func:`optax.inject_hyperparams`, name a function in ``static_args``.
         min_std: A weight counts as having a norm of at least
             ``min_std * (sqrt(m) + sqrt(n))``, the norm of an :math:`m \times n` Gaussian
             matrix of this standard deviation: a layer that starts at zero can then move.
-            The paper has 0.
+            The paper has 0. It counts before ``max_std``.
         max_std: With linear growth, a matrix counts as having a norm of at most
             ``max_std * (sqrt(m) + sqrt(n))``, and a vector of at most ``sqrt(n)``; a column of a
             matrix, with reduction axes alone, counts as a matrix. The default
@@ -154,7 +155,7 @@ def scale_by_weyl_bound(
             by more than a factor of 100, so an update of rank below :math:`k` does not vanish.
             A cap reads the updates once more. To cap without the bound, set ``tau`` to ``jnp.inf``.
         cap_mask: The leaves whose updates are capped, as in :func:`optax.masked`; by default all
-            that are bounded.
+            that are bounded. A function within :func:`optax.inject_hyperparams`: as above.
 
     Returns:
         A :class:`optax.GradientTransformationExtraArgs`. Its ``update`` needs the
@@ -213,16 +214,7 @@ def scale_by_weyl_bound(
         """How many singular values of each update to lower."""
         if cap_rank is None:
             return [0] * len(leaves.specs)
-        mask = cap_mask(params) if is_function(cap_mask) else cap_mask
-        try:
-            masks = jax.tree.map(
-                lambda is_capped, part: jax.tree.map(lambda _: is_capped, part),
-                True if mask is None else mask,
-                params,
-            )
-        except ValueError as error:
-            raise ValueError(f"cap_mask does not fit the params: {error}") from None
-        is_capped = leaves.of_each_part(masks)
+        is_capped = leaves.of_each_part(of_each_leaf("cap_mask", cap_mask, params))
         return [
             cap.rank_of(spec, cap_rank) if capped else 0
             for spec, capped in zip(leaves.specs, is_capped, strict=True)
@@ -235,6 +227,7 @@ def scale_by_weyl_bound(
         if weight_dimension_numbers is None:
             warn_of_reading_by_rank(leaves)
         ranks = ranks_of(leaves, params)
+        of_each_leaf("weight_decay_mask", weight_decay_mask, params)  # which checks it
 
         def of_each(make: Callable[..., Any], *more: Any) -> Any:
             """Separate buffers, since a jitted step may donate the state."""
@@ -265,8 +258,8 @@ def scale_by_weyl_bound(
         weights = list(map(jnp.asarray, leaves.of(params)))
         _check_reading(leaves, weights, ranks, state)
         matrices = [
-            jnp.asarray(u).astype(iteration.compute_dtype(w))
-            for u, w in zip(leaves.of(updates), weights, strict=True)
+            _as_its_weight(path, jnp.asarray(u), w)
+            for path, u, w in zip(leaves.paths, leaves.of(updates), weights, strict=True)
         ]
         sigmas, blocks, spectra = iteration.search(
             weights + matrices,
@@ -289,7 +282,8 @@ def scale_by_weyl_bound(
         step = leaves.put(matrices, updates)
         if not (isinstance(weight_decay, (int, float)) and weight_decay == 0):
             strength: Any = decay_at(state.bound_count)
-            decay = optax.add_decayed_weights(strength, weight_decay_mask)
+            mask = of_each_leaf("weight_decay_mask", weight_decay_mask, params)
+            decay = optax.add_decayed_weights(strength, mask)
             step, _ = decay.update(step, decay.init(params), params)
         tau_now, rate = tau_at(state.bound_count), rate_at(state.bound_count)
         scales = []
@@ -320,6 +314,11 @@ def _check_reading(
         "if isinstance(new, WeylBoundState) else old, solver.init(params), state, "
         "is_leaf=lambda x: isinstance(x, WeylBoundState))"
     )
+    if not isinstance(state, WeylBoundState):
+        raise ValueError(
+            f"The state is a {type(state).__name__}, not a WeylBoundState. Restore a checkpoint "
+            "into the structure of solver.init(params)."
+        )
     try:
         columns = map(leaves.of, (state.sigma_weight, state.weight_block, state.update_block))
         kept = list(zip(*columns, strict=True))
@@ -344,6 +343,16 @@ def _check_reading(
             )
 
 
+def _as_its_weight(path: str, update: jax.Array, weight: jax.Array) -> jax.Array:
+    """The update in the dtype that the weight is measured in."""
+    if jnp.iscomplexobj(update) and not jnp.iscomplexobj(weight):
+        raise ValueError(
+            f"The leaf {path!r} is {weight.dtype}, and its update {update.dtype}. Take the real "
+            "part of the update before the bound."
+        )
+    return update.astype(iteration.compute_dtype(weight))
+
+
 def _reference(
     spec: MatrixSpec,
     now: jax.Array,
@@ -366,10 +375,10 @@ def _scale(
     tau: jax.typing.ArrayLike,
     rate: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """min(1, tau reference / (rate sigma_1(U)))."""
-    tau = jnp.asarray(tau, reference.dtype)
+    """min(1, tau reference / (|rate| sigma_1(U)))."""
+    tau = jnp.maximum(jnp.asarray(tau, reference.dtype), 0)
     allowed = jnp.where(tau == jnp.inf, tau, tau * reference)  # inf * 0 is NaN
-    wanted = jnp.asarray(rate, reference.dtype) * sigma_update
+    wanted = jnp.abs(jnp.asarray(rate, reference.dtype)) * sigma_update
     # NaN is not <= anything. A matrix with an entry that is not finite takes no step, and that
     # entry stays not finite.
     is_bounded = ~(wanted <= allowed)

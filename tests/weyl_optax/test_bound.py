@@ -216,6 +216,92 @@ def test_norms_neither_overflow_nor_underflow(size):
     np.testing.assert_allclose(state.bound_scale["w"], 0.01 * exact(w) / exact(u), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(50,), (12, 9), (40, 30)])
+@pytest.mark.parametrize("size", [1e-36, 9e36])
+def test_norms_are_right_near_the_ends_of_float32(shape, size):
+    """Of a vector, a matrix with a short side, and one that is searched."""
+    u = np.full(shape, size, np.float32)  # of rank one: the other vectors of a block are rounding
+    solver = scale_by_weyl_bound(num_iters=20)
+    params = jnp.ones(shape)
+    _, state = solver.update(u, solver.init(params), params)
+    np.testing.assert_allclose(state.sigma_update, np.linalg.norm(u.astype(float)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (50,), (12, 9), (40, 30)])
+def test_an_update_whose_norm_is_above_the_largest_number_takes_no_step(shape):
+    solver = scale_by_weyl_bound()
+    params = jnp.ones(shape)
+    bounded, state = solver.update(jnp.full(shape, 3e38), solver.init(params), params)
+    np.testing.assert_array_equal(bounded, np.zeros(shape))  # 0.1 / 3e38 is below any number
+    assert state.bound_scale == 0
+
+
+@pytest.mark.parametrize("kind", ["number", "schedule"])
+def test_a_negative_rate_bounds_like_a_positive_one_and_a_negative_tau_like_zero(kind):
+    """As a rate is in `optax.scale_by_schedule` at the end of a chain."""
+    params, updates = {"w": jnp.eye(4)}, {"w": jnp.ones((4, 4))}
+
+    def scale(tau, rate):
+        wrapped = (
+            (lambda _: tau, lambda _: rate) if kind == "schedule" else map(jnp.array, (tau, rate))
+        )
+        solver = scale_by_weyl_bound(*wrapped)
+        return solver.update(updates, solver.init(params), params)[1].bound_scale["w"]
+
+    gaussian = 0.02 * 4
+    np.testing.assert_allclose(scale(0.1, -1.0), 0.1 * gaussian / 4, rtol=1e-5)
+    np.testing.assert_allclose(scale(0.1, 1.0), 0.1 * gaussian / 4, rtol=1e-5)
+    assert scale(-0.1, 1.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tau": "x"}, "tau must be a number, got 'x'"),
+        ({"learning_rate": None}, "learning_rate must be a number, got None"),
+        ({"tau": jnp.ones(2)}, "tau must be a number, got"),
+        ({"num_iters": np.array(0)}, "num_iters must be at least 1, got 0"),
+        ({"weight_decay": np.array(-1.0)}, "weight_decay must be at least 0, got -1"),
+    ],
+)
+def test_arguments_that_are_no_numbers_or_out_of_range_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        scale_by_weyl_bound(**arguments)
+
+
+def test_a_mask_that_does_not_fit_or_was_taken_for_a_schedule_is_an_error():
+    params = {"w": jnp.ones((20, 20))}
+
+    def mask(params):
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    with pytest.raises(ValueError, match="weight_decay_mask does not fit the params"):
+        adamw2(0.1, mask={"z": True}).init(params)
+    for names, arguments in (
+        ((), {"mask": mask}),
+        (("cap_rank",), {"cap_rank": 2, "cap_mask": mask}),
+    ):
+        solver = optax.inject_hyperparams(adamw2, static_args=names)(0.1, **arguments)
+        with pytest.raises(ValueError, match="mask is False, and would pick no leaf"):
+            solver.init(params)
+    solver = optax.inject_hyperparams(adamw2, static_args="mask")(0.1, mask=mask, weight_decay=0.5)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = solver.update(zeros, solver.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.05, rtol=1e-5)
+
+
+def test_updates_that_do_not_fit_their_params_are_errors():
+    params = {"a": None, "w": jnp.ones((4, 4))}
+    solver = scale_by_weyl_bound()
+    state = solver.init(params)
+    with pytest.raises(ValueError, match="'a' is None in params and has an update"):
+        solver.update({"a": jnp.ones(3), "w": jnp.ones((4, 4))}, state, params)
+    with pytest.raises(ValueError, match="'w' is float32, and its update complex64"):
+        solver.update({"a": None, "w": 1j * jnp.ones((4, 4))}, state, params)
+    with pytest.raises(ValueError, match="state is a dict, not a WeylBoundState"):
+        solver.update(params, state._asdict(), params)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 24), (32, 24)])
 @pytest.mark.parametrize("start", [0.0, 1e-5, 2e-3])
 def test_a_small_weight_grows_to_the_usual_size_and_linearly_then(shape, start):

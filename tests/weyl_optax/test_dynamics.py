@@ -96,6 +96,8 @@ def test_entropy_and_effective_rank(rng):
     np.testing.assert_allclose(
         effective_rank(weights), np.exp(scipy.stats.entropy(sigmas, axis=-1)), rtol=1e-5
     )
+    for size in (1e38, 1e-30):
+        np.testing.assert_allclose(effective_rank(size * jnp.eye(6)), 6, rtol=1e-5)
 
 
 def test_modes_of_the_matrices_of_appendix_p(rng):
@@ -105,13 +107,16 @@ def test_modes_of_the_matrices_of_appendix_p(rng):
     both = np.zeros((n, n))
     both[:, 3] = 1
     normal_map = softmax(2 * rng.normal(size=(n, n)))
-    maps = np.stack([low_rank_only, sparse_only, both, normal_map])
+    with_nan = np.where(sparse_only > 0, np.nan, normal_map)
+    maps = np.stack([low_rank_only, sparse_only, both, normal_map, with_nan, 0 * both])
     modes = [CollapseMode(int(mode)) for mode in jax.jit(collapse_mode)(maps)]
     assert modes == [
         CollapseMode.LOW_RANK,
         CollapseMode.BENIGN,
         CollapseMode.MALIGNANT,
         CollapseMode.NORMAL,
+        CollapseMode.UNDEFINED,
+        CollapseMode.UNDEFINED,
     ]
 
 

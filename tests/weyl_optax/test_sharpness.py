@@ -145,6 +145,10 @@ def test_wrong_arguments_are_errors():
         critical_learning_rate(loss, params, params, (X, Y), target=1.0, factor=1.0)
     with pytest.raises(ValueError, match="initial must be above 0"):
         critical_learning_rate(loss, params, params, (X, Y), target=1.0, initial=0.0)
+    with pytest.raises(ValueError, match="target must be at least 0"):
+        critical_learning_rate(loss, params, params, (X, Y), target=-1.0)
+    with pytest.raises(ValueError, match="needs floating params, and 'count' is int32"):
+        sharpness(loss, params | {"count": jnp.arange(3)}, (X, Y))
 
 
 def test_two_adams_are_not_taken_for_one():
@@ -160,7 +164,7 @@ def test_a_preconditioner_may_be_a_number_for_a_leaf(two):
     quadratic = lambda p, _: jnp.sum(curvature * p["w"] ** 2) / 2  # noqa: E731
     found = sharpness(quadratic, {"w": jnp.ones(3)}, None, preconditioner={"w": two})
     np.testing.assert_allclose(found, 4.5, rtol=1e-5)
-    with pytest.raises(ValueError, match="needs real params"):
+    with pytest.raises(ValueError, match="needs floating params, and 'w' is complex64"):
         sharpness(quadratic, {"w": jnp.ones(3, jnp.complex64)}, None)
 
 

@@ -264,8 +264,9 @@ def _image(
     """R = A V, with one more vector.
 
     Returns:
-        The image, each vector scaled to a largest entry of 1, so no product or Gram matrix
-        overflows or underflows; the size of the largest, (*batch,); R^H R, (*batch, k, k).
+        The image, each vector scaled to a largest entry near 1; the size of the largest, (*batch,),
+        a power of two, so that what is over it neither overflows nor underflows; R^H R,
+        (*batch, k, k).
     """
     labels = Labels.of(spec)
     axis = labels.block.index("y")
@@ -275,11 +276,13 @@ def _image(
     v = jnp.where(is_kept, v, _signs(a, labels, v.shape, seed + 1))
     forward = f"{labels.leaf},{labels.block}->{labels.image}"
     r = einsum(a, labels, lax.Precision.DEFAULT, forward, a, v)
-    r, largest = scaled_to_one(r, labels.vector_axes(labels.image))
+    r, sizes = scaled(r, labels.vector_axes(labels.image))
     axis = labels.image.index("y")
     fresh = lax.slice_in_dim(r, k - 1, k, axis=axis)
     r = lax.concatenate([r, fresh * (jnp.abs(fresh) ** 4).astype(r.dtype)], axis)
-    return r, jnp.max(largest, axis=-1), gram(a, labels, labels.image, r)
+    most = 2.0 ** (4 * jnp.finfo(sizes.dtype).maxexp // 5)
+    size = jnp.clip(jnp.max(sizes, axis=-1), 1 / most, most)
+    return r, size, gram(a, labels, labels.image, r)
 
 
 @jax.jit
@@ -304,8 +307,7 @@ def _pull_back(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Q = R F over the size of the image; Y = A^H Q; and Y^H Y, (*batch, k, k)."""
     labels = Labels.of(spec)
-    size = jnp.where(size > 0, size, 1)[..., None, None]
-    q = _mix(a, labels, labels.image, r, factor / size.astype(factor.dtype))
+    q = _mix(a, labels, labels.image, r, factor / size[..., None, None].astype(factor.dtype))
     back = f"{labels.image},{labels.leaf}->{labels.block}"
     y = jnp.conj(einsum(a, labels, lax.Precision.HIGH, back, jnp.conj(q), a))
     return q, y, gram(a, labels, labels.block, y)
@@ -345,10 +347,7 @@ def _rotate(
     if rank:
         left = _mix(a, labels, labels.image, q, p[..., :rank])
         left = left * jnp.expand_dims(size, tuple(range(size.ndim, left.ndim))).astype(left.dtype)
-    sigmas = size[..., None] * jnp.sqrt(squares)
-    # Q was divided by the size: for one near the largest number it is 0, and the norm inf.
-    is_too_large = (size > 0)[..., None] & (squares[..., :1] == 0)
-    return jnp.where(is_too_large, jnp.inf, sigmas), block, left
+    return size[..., None] * jnp.sqrt(squares), block, left
 
 
 def is_found(squares: jax.Array) -> jax.Array:
@@ -357,17 +356,26 @@ def is_found(squares: jax.Array) -> jax.Array:
     return squares > 4 * (k + 1) * jnp.finfo(squares.dtype).eps * squares[..., :1]
 
 
-def scaled_to_one(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """X over its largest absolute value, so no square of it overflows, and this value."""
+def scaled(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """X over a power of two near its largest entry, and this power, without these axes.
+
+    That rounds nothing, and no square of the result overflows, nor that of its largest entry
+    underflows. The power of zeros is the least, and of what is not finite, NaN.
+    """
     largest = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True)
-    scaled = x / jnp.where(largest > 0, largest, 1).astype(x.dtype)
-    return scaled, jnp.squeeze(largest, tuple(axes))
+    most = jnp.finfo(largest.dtype).maxexp - 2  # beyond that, its reciprocal is not normal
+    is_finite = jnp.isfinite(largest)
+    _, exponent = jnp.frexp(jnp.where(is_finite, largest, 1))
+    exponent = jnp.where(largest == 0, -most, jnp.clip(exponent, -most, most))
+    one = jnp.where(is_finite, 1, jnp.nan).astype(largest.dtype)
+    power = jnp.squeeze(jnp.ldexp(one, exponent), tuple(axes))
+    return x * jnp.ldexp(one, -exponent).astype(x.dtype), power
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _vector_norm(spec: MatrixSpec, a: jax.Array) -> jax.Array:
     """The 2-norm over all but the batch axes."""
-    a, size = scaled_to_one(jnp.abs(a), spec.matrix_axes)
+    a, size = scaled(jnp.abs(a), spec.matrix_axes)
     return size * jnp.sqrt(jnp.sum(a * a, axis=spec.matrix_axes))
 
 
@@ -387,7 +395,7 @@ def _solve(specs: Sequence[MatrixSpec], leaves: Sequence[jax.Array]) -> list[Any
 def _gram_of_side(spec: MatrixSpec, a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The Gram matrix of the shorter side, (*batch, n, n), over a squared size, and the size."""
     labels = Labels.of(spec)
-    a, size = scaled_to_one(a, spec.matrix_axes)
+    a, size = scaled(a, spec.matrix_axes)
     side = "".join(labels.block[i] for i in labels.vector_axes(labels.block))
     other = labels.leaf.translate({ord(x): x.upper() for x in side})
     expression = f"{labels.leaf},{other}->{labels.batch}{side}{side.upper()}"

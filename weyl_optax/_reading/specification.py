@@ -236,6 +236,13 @@ class BoundedLeaves:
             specs = self._treedef.flatten_up_to(specs)
         except ValueError as error:
             raise ValueError(f"updates and params differ in structure: {error}") from None
+        held = self._treedef.flatten_up_to(params)
+        for (path, leaf), param in zip(leaves, held, strict=True):
+            if param is None and leaf is not None:
+                raise ValueError(
+                    f"The leaf {path_name(path)!r} is None in params and has an update. Leave it "
+                    "out of both, or make its update None."
+                )
         self._specs = {
             i: spec
             for i, ((_, leaf), spec) in enumerate(zip(leaves, specs, strict=True))
@@ -460,14 +467,15 @@ def _matrix_spec(
     spec = MatrixSpec(shape, batch, reduction, output)
     if isinstance(numbers, MuonDimensionNumbers):
         return spec
-    (split_axis, *others), sizes = normalize(numbers.split_axis), axes_of(numbers.sizes)
     written = (*axes_of(numbers.reduction_axis), *axes_of(numbers.output_axis))
-    if others or numbers.split_axis not in written:
+    if numbers.split_axis not in written:
         raise ValueError(
             f"weight_dimension_numbers has {numbers} {where}: split_axis must be one of its "
             "reduction or output axes, written alike. On a batch axis, each index is a matrix of "
             "its own anyway."
         )
+    (split_axis,) = normalize(numbers.split_axis)
+    sizes = axes_of(() if numbers.sizes is None else numbers.sizes)
     is_positive = all(isinstance(size, (int, np.integer)) and size > 0 for size in sizes)
     if not is_positive or sum(sizes) != shape[split_axis]:
         raise ValueError(

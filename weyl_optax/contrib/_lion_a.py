@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._arguments import as_schedule
+from weyl_optax._arguments import as_schedule, check_at_least, check_below
 from weyl_optax._norms.vectors import Per, weight_vectors
 from weyl_optax._reading.specification import WeightDimNumOrFn, is_entry
 from weyl_optax.contrib._rotate import adamw_angle, rotate_vectors
@@ -36,6 +36,9 @@ def scale_by_lion_a(
     Returns:
         A :class:`optax.GradientTransformation`: :func:`optax.scale_by_lion` times a factor.
 
+    Raises:
+        ValueError: If ``b`` is below 0, or not below 1.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from weyl_optax.contrib import scale_by_lion_a
@@ -49,6 +52,8 @@ def scale_by_lion_a(
         Kosson et al, `Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training
         <https://arxiv.org/abs/2410.23922>`_, 2024
     """
+    check_at_least("b", b, 0)
+    check_below("b", b, 1)
     # b m_t + (1 - b) g = b² m_{t-1} + (1 - b²) g
     sign = optax.scale_by_lion(b1=b * b if nesterov else b, b2=b)
     size = jnp.sqrt((1 - b) / (1 + b))

@@ -5,17 +5,20 @@ import enum
 import jax
 import jax.numpy as jnp
 
+from weyl_optax._norms.orthogonal_iteration import scaled
 from weyl_optax._norms.small_problems import singular_values
 
 
 class CollapseMode(enum.IntEnum):
-    """What an attention map is: the first bit says low-rank, the second sparse.
+    """What an attention map is: if not negative, the first bit says low-rank, the second sparse.
 
     Only the last two are collapses of the entropy. A benign one, near the identity, makes
     attention a linear layer, and training goes on. A malignant one, in which all queries
     attend to the same few keys, comes with a crash.
     """
 
+    UNDEFINED = -1
+    """No map of attention: an entry is NaN or infinite, or all are zero."""
     NORMAL = 0
     LOW_RANK = 1
     """Low-rank, but not sparse, like the uniform map of a new model."""
@@ -70,7 +73,7 @@ def effective_rank(weights: jax.Array) -> jax.Array:
         Roy and Vetterli, `The effective rank: A measure of effective dimensionality
         <https://ieeexplore.ieee.org/document/7098875>`_, 2007
     """
-    sigmas = singular_values(_floats(weights))
+    sigmas = singular_values(scaled(_floats(weights), (-2, -1))[0])
     shares = sigmas / sigmas.sum(-1, keepdims=True)
     return jnp.exp(jax.scipy.special.entr(shares).sum(-1))
 
@@ -105,9 +108,11 @@ def collapse_mode(
         <https://arxiv.org/abs/2505.21910>`_, 2025
     """
     queries, keys = weights.shape[-2:]
-    is_sparse = attention_entropy(weights) <= sparse_entropy * jnp.log(keys)
-    is_low_rank = effective_rank(weights) <= low_rank * min(queries, keys)
-    return is_low_rank + 2 * is_sparse.astype(jnp.int32)
+    entropy, rank = attention_entropy(weights), effective_rank(weights)
+    is_defined = jnp.isfinite(entropy) & jnp.isfinite(rank)
+    is_sparse = entropy <= sparse_entropy * jnp.log(keys)
+    is_low_rank = rank <= low_rank * min(queries, keys)
+    return jnp.where(is_defined, is_low_rank + 2 * is_sparse.astype(jnp.int32), -1)
 
 
 def _floats(x: jax.Array) -> jax.Array:

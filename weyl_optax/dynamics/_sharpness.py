@@ -11,6 +11,7 @@ from jax import lax
 from weyl_optax import _sharding as sharding
 from weyl_optax._arguments import check_above, check_at_least
 from weyl_optax._norms.orthogonal_iteration import compute_dtype
+from weyl_optax._reading.specification import names, path_name
 
 
 def sharpness(
@@ -50,7 +51,7 @@ def sharpness(
         A scalar, in float32 at least. Except for rounding, it is never above the exact value.
 
     Raises:
-        ValueError: If ``num_iters`` is below 1, or if params are complex.
+        ValueError: If ``num_iters`` is below 1, or if a leaf of params is not floating.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,8 +66,13 @@ def sharpness(
         Methods at the Edge of Stability <https://arxiv.org/abs/2207.14484>`_, 2022
     """
     check_at_least("num_iters", num_iters, 1)
-    if any(map(jnp.iscomplexobj, jax.tree.leaves(params))):
-        raise ValueError("sharpness needs real params: give their real and imaginary parts.")
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"sharpness needs floating params, and {path_name(names(path))!r} is "
+                f"{jnp.result_type(leaf)}. Give the loss a complex leaf as its real and imaginary "
+                "parts, and close over one that is not trained."
+            )
     gradient = jax.grad(loss_fn)
     if preconditioner is None:
         preconditioner = jax.tree.map(jnp.ones_like, params)
@@ -179,7 +185,8 @@ def critical_learning_rate(
         below ``initial``, if that is already above the critical rate.
 
     Raises:
-        ValueError: If ``initial`` or ``factor - 1`` is not above 0, or ``tolerance`` negative.
+        ValueError: If ``initial`` or ``factor - 1`` is not above 0, or ``tolerance`` or
+            ``target`` negative.
 
     Example:
         >>> import jax.numpy as jnp
@@ -197,6 +204,7 @@ def critical_learning_rate(
     check_above("initial", initial, 0)
     check_above("factor", factor, 1)
     check_at_least("tolerance", tolerance, 0)
+    check_at_least("target", target, 0)
 
     def loss_at(rate: jax.Array) -> jax.Array:
         step = jax.tree.map(lambda u: rate * u, updates)

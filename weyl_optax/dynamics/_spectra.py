@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from weyl_optax import _sharding as sharding
-from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
+from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled
 from weyl_optax._norms.small_problems import singular_values, triangular_factor
 from weyl_optax._spectral_norm import spectral_norm
 
@@ -108,7 +108,7 @@ def spectral_energy_concentration(
         Qi et al., `Taming Transformer Without Using Learning Rate Warmup
         <https://arxiv.org/abs/2505.21910>`_, 2025, equation 4
     """
-    if not isinstance(s, jax.Array) and np.min(s) < 1:
+    if not isinstance(s, jax.core.Tracer) and np.min(s) < 1:
         raise ValueError(f"s must be at least 1, got {s}.")
     sigmas, _ = _qk_singular_values(query, key)
     energy = jnp.cumsum(jnp.square(sigmas / sigmas[..., :1]), axis=-1)
@@ -127,7 +127,7 @@ def _qk_singular_values(query: jax.Array, key: jax.Array) -> tuple[jax.Array, ja
             "(..., d, heads, head_dim)."
         )
     (query, of_query), (key, of_key) = (
-        scaled_to_one(kernel.astype(compute_dtype(kernel)), (-3, -1)) for kernel in (query, key)
+        scaled(kernel.astype(compute_dtype(kernel)), (-3, -1)) for kernel in (query, key)
     )
     core = product_core(jnp.swapaxes(query, -3, -2), jnp.moveaxis(key, -3, -1))
     return singular_values(core), of_query * of_key

@@ -305,3 +305,6 @@ def test_wrong_arguments_are_errors():
     for b, message in ((0, "b must be above 0"), (1, "b must be below 1")):
         with pytest.raises(ValueError, match=message):
             scale_by_noise_share(optax.sgd(1.0), b)
+    for b, message in ((-0.1, "b must be at least 0"), (1, "b must be below 1")):
+        with pytest.raises(ValueError, match=message):
+            lion_a(1.0, b)
