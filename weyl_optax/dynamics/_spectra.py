@@ -7,6 +7,7 @@ With thin factors :math:`A = Q_a R_a` and :math:`B^H = Q_b R_b`, the singular va
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from weyl_optax import _sharding as sharding
 from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled
@@ -108,7 +109,7 @@ def spectral_energy_concentration(
         Qi et al., `Taming Transformer Without Using Learning Rate Warmup
         <https://arxiv.org/abs/2505.21910>`_, 2025, equation 4
     """
-    if not isinstance(s, jax.core.Tracer) and np.min(s) < 1:
+    if not isinstance(s, Tracer) and np.min(s) < 1:
         raise ValueError(f"s must be at least 1, got {s}.")
     sigmas, _ = _qk_singular_values(query, key)
     energy = jnp.cumsum(jnp.square(sigmas / sigmas[..., :1]), axis=-1)
