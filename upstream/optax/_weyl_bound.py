@@ -32,12 +32,14 @@ from optax.contrib import _muon
 
 _BLOCK_SIZE = 8  # Vectors that are searched together.
 _COLD_ITERS = 16  # Iterations from random vectors, in the first update.
+_LARGEST = 2.0**126  # XLA takes the reciprocal of a larger number for zero.
 
 
 def _unit(x):
   """The columns of a matrix over their lengths; those that are zero stay."""
   largest = jnp.max(jnp.abs(x), axis=0)
-  x /= jnp.where(largest > 0, largest, 1)  # No square over- or underflows.
+  # No square over- or underflows.
+  x /= jnp.where(largest > 0, jnp.minimum(largest, _LARGEST), 1)
   return x / jnp.maximum(jnp.linalg.norm(x, axis=0), 1)
 
 
@@ -78,7 +80,7 @@ def _iterate(matrix, block, seed):
   fresh = jax.random.normal(key, block.shape[:1], block.dtype)
   block = block.at[:, -1].set(fresh)
   back = transpose_times(_orthonormalize(times(block)))
-  largest = jnp.max(jnp.abs(back))
+  largest = jnp.minimum(jnp.max(jnp.abs(back)), _LARGEST)
   back /= jnp.where(largest > 0, largest, 1)
   norm = largest * jnp.sqrt(_largest_eigenvalue(back.T @ back))
   lengths = jnp.linalg.norm(back, axis=0)
@@ -221,7 +223,7 @@ def scale_by_weyl_bound(
       m, n = _muon._get_shape_products(w, dim_nums)
       least = min_std * (math.sqrt(m) + math.sqrt(n))
       allowed = now(tau) * jnp.maximum(norm_w, least)
-      wanted = now(learning_rate) * norm_u
+      wanted = jnp.abs(now(learning_rate)) * norm_u
       # NaN is not <= anything: what is not finite stays so.
       scale = jnp.where(wanted <= allowed, 1, allowed / wanted)
       return (scale * decayed).astype(u.dtype), weight_blocks, update_blocks

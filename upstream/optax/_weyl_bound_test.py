@@ -100,7 +100,7 @@ class WeylBoundTest(parameterized.TestCase):
     bounded = _bound_once(x, 7 * x, tau=0.01)
     np.testing.assert_allclose(_norm(bounded), 0.01 * _norm(x), rtol=1e-4)
 
-  @parameterized.parameters(1e-30, 1e-3, 1e30)
+  @parameterized.parameters(1e-30, 1e-3, 1e30, 1.2e37)
   def test_scales(self, scale):
     x = scale * _normal(0, 20, 8)
     bounded = _bound_once(x, 3 * x, tau=0.01, min_std=0)
@@ -210,7 +210,9 @@ class WeylBoundTest(parameterized.TestCase):
   def test_schedules(self):
     w, u = _normal(0, 6, 5), 100 * _normal(1, 6, 5)
     tau = lambda count: 0.01 * (1 + count)
-    solver = _weyl_bound.scale_by_weyl_bound(tau, lambda count: 1 / (1 + count))
+    # The sign of the rate does not matter.
+    rate = lambda count: (-1.0) ** count / (1 + count)
+    solver = _weyl_bound.scale_by_weyl_bound(tau, rate)
     state = solver.init(w)
     for i in range(3):
       bounded, state = solver.update(u, state, w)
