@@ -75,17 +75,16 @@ def differences(tuned: Mapping[str, Tuned]) -> list[Row]:
 
 
 def sensitivity(tuned: Mapping[str, Tuned]) -> list[Row]:
-    """The share of close trials, the loss at other rates, and the CPU seconds of a run."""
+    """The share of close trials, and the loss at other rates."""
     factors = sorted({factor for t in tuned.values() for factor, _ in t.rates})
     factors = factors if len(factors) > 1 else []
-    head = ("validation loss", "close trials", *(f"rate x {f:g}" for f in factors), "CPU seconds")
-    rows: list[Row] = [head]
+    rows: list[Row] = [
+        ("validation loss", "close trials", *(f"rate x {factor:g}" for factor in factors))
+    ]
     for name, t in tuned.items():
         close = np.mean([loss_of(line, "val_loss") <= _best(t) + CLOSE for line in t.trials])
         at = {factor: f"{loss_of(line, 'val_loss'):.3f}" for factor, line in t.rates}
-        seconds = np.median([line["cpu_seconds"] for line in t.trials])
-        cells = (at.get(factor, "") for factor in factors)
-        rows.append((LABELS[name], f"{close:.0%}", *cells, f"{seconds:.0f}"))
+        rows.append((LABELS[name], f"{close:.0%}", *(at.get(factor, "") for factor in factors)))
     return rows
 
 
