@@ -50,6 +50,17 @@ def test_rank_deficient_matrices(rank):
     np.testing.assert_allclose(found, np.linalg.norm(x, 2), rtol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+@pytest.mark.parametrize("side", [1000, 4096, 100_000])
+def test_matrices_of_few_directions_whose_sums_all_round_alike(rank, side):
+    """The Gram matrix of their images has eigenvalues of zero, which rounding makes negative."""
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.choice([-1, 1], size=(side, rank)) @ rng.normal(size=(rank, 40)))
+    for transposed in (x, x.T):
+        found = spectral_norm(transposed, num_iters=16)
+        np.testing.assert_allclose(found, np.linalg.norm(np.float64(x), 2), rtol=5e-3)
+
+
 @pytest.mark.parametrize("condition", [1e3, 1e6, 1e12])
 def test_ill_conditioned_matrices(condition):
     rng = np.random.default_rng(0)

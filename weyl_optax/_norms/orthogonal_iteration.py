@@ -264,9 +264,9 @@ def _image(
     """R = A V, with one more vector.
 
     Returns:
-        The image, each vector scaled to a largest entry near 1; the size of the largest, (*batch,),
-        a power of two, so that what is over it neither overflows nor underflows; R^H R,
-        (*batch, k, k).
+        The image, each vector scaled to a largest entry of 1, so no product or Gram matrix
+        overflows or underflows; the size of the largest, (*batch,), clipped so that nothing over
+        it does either; R^H R, (*batch, k, k).
     """
     labels = Labels.of(spec)
     axis = labels.block.index("y")
@@ -276,7 +276,7 @@ def _image(
     v = jnp.where(is_kept, v, _signs(a, labels, v.shape, seed + 1))
     forward = f"{labels.leaf},{labels.block}->{labels.image}"
     r = einsum(a, labels, lax.Precision.DEFAULT, forward, a, v)
-    r, sizes = scaled(r, labels.vector_axes(labels.image))
+    r, sizes = scaled_to_one(r, labels.vector_axes(labels.image))
     axis = labels.image.index("y")
     fresh = lax.slice_in_dim(r, k - 1, k, axis=axis)
     r = lax.concatenate([r, fresh * (jnp.abs(fresh) ** 4).astype(r.dtype)], axis)
@@ -289,14 +289,21 @@ def _image(
 def _orthonormalizer(gram: jax.Array) -> jax.Array:
     """F, upper triangular, that makes the columns of R F orthonormal, from R^H R, (..., k, k).
 
-    A column that depends on those before it becomes nearly zero.
+    A column that depends on those before it becomes nearly zero. Where they are so dependent that
+    the rounding of long sums makes R^H R indefinite, they are orthonormal only roughly.
     """
-    k = gram.shape[-1]
+    k, eps = gram.shape[-1], float(jnp.finfo(gram.dtype).eps)
     identity = jnp.broadcast_to(jnp.eye(k, dtype=gram.dtype), gram.shape)
     diagonal = jnp.real(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    shift = jnp.where(diagonal > 0, k * jnp.finfo(gram.dtype).eps * diagonal, 1)
-    shifted = gram + shift[..., None].astype(gram.dtype) * identity
-    factor = lax.linalg.cholesky(shifted, symmetrize_input=False)
+
+    def cholesky(share: float) -> jax.Array:
+        shift = jnp.where(diagonal > 0, share * diagonal, 1)
+        shifted = gram + shift[..., None].astype(gram.dtype) * identity
+        return lax.linalg.cholesky(shifted, symmetrize_input=False)
+
+    factor = cholesky(k * eps)
+    is_definite = jnp.isfinite(factor).all((-2, -1), keepdims=True)
+    factor = jnp.where(is_definite, factor, cholesky(k * math.sqrt(eps)))
     inverse = lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
     return jnp.conj(inverse.mT)
 
@@ -356,26 +363,22 @@ def is_found(squares: jax.Array) -> jax.Array:
     return squares > 4 * (k + 1) * jnp.finfo(squares.dtype).eps * squares[..., :1]
 
 
-def scaled(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
-    """X over a power of two near its largest entry, and this power, without these axes.
+def scaled_to_one(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """X over its largest absolute value, so no square of it overflows, and this value.
 
-    That rounds nothing, and no square of the result overflows, nor that of its largest entry
-    underflows. The power of zeros is the least, and of what is not finite, NaN.
+    The value is clipped to what has a reciprocal that is not subnormal: XLA would make that zero.
+    It is NaN for what is not finite.
     """
     largest = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True)
-    most = jnp.finfo(largest.dtype).maxexp - 2  # beyond that, its reciprocal is not normal
-    is_finite = jnp.isfinite(largest)
-    _, exponent = jnp.frexp(jnp.where(is_finite, largest, 1))
-    exponent = jnp.where(largest == 0, -most, jnp.clip(exponent, -most, most))
-    one = jnp.where(is_finite, 1, jnp.nan).astype(largest.dtype)
-    power = jnp.squeeze(jnp.ldexp(one, exponent), tuple(axes))
-    return x * jnp.ldexp(one, -exponent).astype(x.dtype), power
+    most = 2.0 ** (jnp.finfo(largest.dtype).maxexp - 2)
+    size = jnp.where(jnp.isfinite(largest), jnp.clip(largest, 1 / most, most), jnp.nan)
+    return x / size.astype(x.dtype), jnp.squeeze(size, tuple(axes))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _vector_norm(spec: MatrixSpec, a: jax.Array) -> jax.Array:
     """The 2-norm over all but the batch axes."""
-    a, size = scaled(jnp.abs(a), spec.matrix_axes)
+    a, size = scaled_to_one(jnp.abs(a), spec.matrix_axes)
     return size * jnp.sqrt(jnp.sum(a * a, axis=spec.matrix_axes))
 
 
@@ -395,7 +398,7 @@ def _solve(specs: Sequence[MatrixSpec], leaves: Sequence[jax.Array]) -> list[Any
 def _gram_of_side(spec: MatrixSpec, a: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The Gram matrix of the shorter side, (*batch, n, n), over a squared size, and the size."""
     labels = Labels.of(spec)
-    a, size = scaled(a, spec.matrix_axes)
+    a, size = scaled_to_one(a, spec.matrix_axes)
     side = "".join(labels.block[i] for i in labels.vector_axes(labels.block))
     other = labels.leaf.translate({ord(x): x.upper() for x in side})
     expression = f"{labels.leaf},{other}->{labels.batch}{side}{side.upper()}"

@@ -10,7 +10,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from weyl_optax._arguments import check_in
-from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled
+from weyl_optax._norms.orthogonal_iteration import compute_dtype
 from weyl_optax._reading.specification import (
     DimensionNumbers,
     MatrixSpec,
@@ -63,19 +63,19 @@ def inner(x: jax.Array, y: jax.Array, spec: MatrixSpec) -> jax.Array:
 
 def length(x: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The 2-norms of the vectors, shape (*batch), in float32 at least."""
-    x, size = scaled(x.astype(compute_dtype(x)), spec.matrix_axes)
+    x, size = _scaled(x, spec)
     return size * jnp.sqrt(inner(x, x, spec))
 
 
 def radial(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
     """How long `u` is along the vectors of `w`, shape (*batch); zero, where these are zero."""
-    w, _ = scaled(w.astype(compute_dtype(w)), spec.matrix_axes)
+    w, _ = _scaled(w, spec)
     return _multiple(u, w, spec) * jnp.sqrt(inner(w, w, spec))
 
 
 def tangent(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
     """The part of `u` orthogonal to the vectors of `w`; all of it, where these are zero."""
-    w, _ = scaled(w.astype(compute_dtype(w)), spec.matrix_axes)
+    w, _ = _scaled(w, spec)
     return u.astype(compute_dtype(u)) - spec.times(_multiple(u, w, spec), w)
 
 
@@ -91,6 +91,20 @@ def running_rms(
 
 def _multiple(u: jax.Array, w: jax.Array, spec: MatrixSpec) -> jax.Array:
     """That of the scaled vectors of `w` which is nearest to `u`; shape (*batch)."""
-    u, size = scaled(u.astype(compute_dtype(u)), spec.matrix_axes)
+    u, size = _scaled(u, spec)
     square = inner(w, w, spec)
     return size * (inner(w, u, spec) / jnp.where(square > 0, square, 1))
+
+
+def _scaled(x: jax.Array, spec: MatrixSpec) -> tuple[jax.Array, jax.Array]:
+    """The vectors over a power of two, which rounds nothing, so that no square of them overflows.
+
+    Returns:
+        With entries up to 1, and the power, (*batch).
+    """
+    x = x.astype(compute_dtype(x))
+    largest = jnp.max(jnp.abs(x), axis=spec.matrix_axes)
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    exponent = jnp.clip(exponent, -126, 126)
+    one = jnp.ones_like(largest)
+    return spec.times(jnp.ldexp(one, -exponent), x), jnp.ldexp(one, exponent)

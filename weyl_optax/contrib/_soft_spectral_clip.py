@@ -9,7 +9,7 @@ from jax import lax
 
 from weyl_optax import _sharding as sharding
 from weyl_optax._arguments import check_above
-from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled
+from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
 from weyl_optax._reading.granularity import map_entries
 from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn, axes_of
 
@@ -106,9 +106,9 @@ def _polar_factor_beside_identity(a: jax.Array, tolerance: float) -> jax.Array:
     """
     identity = jnp.broadcast_to(jnp.eye(a.shape[-2], dtype=a.dtype), (*a.shape[:-1], a.shape[-2]))
     # The result does not depend on the upper bound.
-    small, size = scaled(lax.stop_gradient(a), (-2, -1))
-    norm = jnp.sqrt(jnp.linalg.norm(_matmul(small, small.conj().mT), axis=(-2, -1)))
-    greatest = jnp.hypot(1, size * norm)[..., None, None]
+    scaled, largest = scaled_to_one(lax.stop_gradient(a), (-2, -1))
+    norm = jnp.sqrt(jnp.linalg.norm(_matmul(scaled, scaled.conj().mT), axis=(-2, -1)))
+    greatest = jnp.hypot(1, largest * norm)[..., None, None]
 
     def is_inexact(carry: Any) -> jax.Array:
         _, _, before, least = carry

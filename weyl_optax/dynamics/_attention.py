@@ -5,7 +5,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
-from weyl_optax._norms.orthogonal_iteration import scaled
+from weyl_optax._norms.orthogonal_iteration import scaled_to_one
 from weyl_optax._norms.small_problems import singular_values
 
 
@@ -73,7 +73,7 @@ def effective_rank(weights: jax.Array) -> jax.Array:
         Roy and Vetterli, `The effective rank: A measure of effective dimensionality
         <https://ieeexplore.ieee.org/document/7098875>`_, 2007
     """
-    sigmas = singular_values(scaled(_floats(weights), (-2, -1))[0])
+    sigmas = singular_values(scaled_to_one(_floats(weights), (-2, -1))[0])
     shares = sigmas / sigmas.sum(-1, keepdims=True)
     return jnp.exp(jax.scipy.special.entr(shares).sum(-1))
 
@@ -116,4 +116,5 @@ def collapse_mode(
 
 
 def _floats(x: jax.Array) -> jax.Array:
+    x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

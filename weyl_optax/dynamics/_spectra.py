@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from weyl_optax import _sharding as sharding
-from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled
+from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
 from weyl_optax._norms.small_problems import singular_values, triangular_factor
 from weyl_optax._spectral_norm import spectral_norm
 
@@ -128,7 +128,7 @@ def _qk_singular_values(query: jax.Array, key: jax.Array) -> tuple[jax.Array, ja
             "(..., d, heads, head_dim)."
         )
     (query, of_query), (key, of_key) = (
-        scaled(kernel.astype(compute_dtype(kernel)), (-3, -1)) for kernel in (query, key)
+        scaled_to_one(kernel.astype(compute_dtype(kernel)), (-3, -1)) for kernel in (query, key)
     )
     core = product_core(jnp.swapaxes(query, -3, -2), jnp.moveaxis(key, -3, -1))
     return singular_values(core), of_query * of_key
