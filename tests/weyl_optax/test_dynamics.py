@@ -126,7 +126,12 @@ def test_thresholds_of_modes_are_arguments():
         int(collapse_mode(blocks, sparse_entropy=sparse, low_rank=rank))
         for sparse, rank in ((0.49, 0.24), (0.49, 0.26), (0.51, 0.24), (0.51, 0.26))
     ]
-    assert found == list(CollapseMode)
+    assert [CollapseMode(mode).name for mode in found] == [
+        "NORMAL",
+        "LOW_RANK",
+        "BENIGN",
+        "MALIGNANT",
+    ]
 
 
 def test_relative_representation_change_is_that_of_a_small_step(normal):
