@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -143,3 +143,5 @@ OPTIMIZERS: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
     "bound, optax.power_iteration": _bounded_adam(optax_power_iteration),
     "bound, exact SVD": _bounded_adam(exact_svd),
 }
+
+Name: TypeAlias = Literal[*OPTIMIZERS]

@@ -90,7 +90,6 @@ MODELS: Mapping[str, Callable[[], trees.Tree]] = {
 
 ModelName: TypeAlias = Literal[*MODELS]
 LayoutName: TypeAlias = Literal[*LAYOUTS]
-OptimizerName: TypeAlias = Literal[*peers.OPTIMIZERS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Flags:
     """Parameter trees."""
     layouts: tuple[LayoutName, ...] = ("fsdp-8", "tensor-8", "data-4-tensor-2", "layers-4")
     """How the weights lie on the devices."""
-    optimizers: tuple[OptimizerName, ...] = (
+    optimizers: tuple[peers.Name, ...] = (
         "optax.adamw",
         "adamw2",
         "optax.lamb",

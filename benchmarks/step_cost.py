@@ -2,13 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import tyro
 
 from benchmarks import measure, peers, tasks
-
-OptimizerName: TypeAlias = Literal[*peers.OPTIMIZERS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +16,7 @@ class Flags(tasks.Flags):
     A cap of rank 32 is a quarter of the width of the small models.
     """
 
-    optimizers: tuple[OptimizerName, ...] = (
+    optimizers: tuple[peers.Name, ...] = (
         peers.OURS, "adamw2, a cap of rank 32", "optax.contrib.muon",
     )  # fmt: skip
     """Optimizers."""
@@ -30,10 +28,9 @@ class Flags(tasks.Flags):
 
 def measure_model(name: tasks.Name, flags: Flags) -> list[dict[str, Any]]:
     """The rows of a model."""
-    optimizers = dict.fromkeys((peers.BASE, *flags.optimizers))
     steps = {
         optimizer: tasks.Training(tasks.make(name), peers.OPTIMIZERS[optimizer]).step
-        for optimizer in optimizers
+        for optimizer in (peers.BASE, *flags.optimizers)
     }
     times = measure.seconds(steps, flags.seconds)
     return [

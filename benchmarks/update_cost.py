@@ -11,7 +11,6 @@ import tyro
 from benchmarks import measure, peers, trees, updates
 
 TreeName: TypeAlias = Literal[*trees.TREES]
-OptimizerName: TypeAlias = Literal[*peers.OPTIMIZERS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Flags:
 
     trees: tuple[TreeName, ...] = tuple(trees.TREES)
     """Parameter trees."""
-    optimizers: tuple[OptimizerName, ...] = tuple(peers.OPTIMIZERS)
+    optimizers: tuple[peers.Name, ...] = tuple(peers.OPTIMIZERS)
     """Optimizers; muon and the exact SVD take minutes for an update of GPT-2."""
     seconds: float = 10.0
     """Time for each optimizer on each tree, compilation not counted."""

@@ -167,7 +167,7 @@ def test_on_a_mesh(axis_type, spec):
         (SplitDimensionNumbers(0, 1, 1, (80, -10)), "must be positive"),
         (SplitDimensionNumbers(0, 1, -1, (40, 30)), "written alike"),
         (SplitDimensionNumbers((), 1, 0, (12, 12)), "On a batch axis"),
-        (SplitDimensionNumbers(0, 1, 2, (40, 30)), "split_axis must be one of its"),
+        (SplitDimensionNumbers(0, 1, 2, (40, 30)), "axis 2 is out of bounds"),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused(numbers, message):

@@ -468,13 +468,14 @@ def _matrix_spec(
     if isinstance(numbers, MuonDimensionNumbers):
         return spec
     written = (*axes_of(numbers.reduction_axis), *axes_of(numbers.output_axis))
-    if numbers.split_axis not in written:
+    axes = () if numbers.split_axis is None else normalize(numbers.split_axis)
+    if len(axes) != 1 or numbers.split_axis not in written:
         raise ValueError(
             f"weight_dimension_numbers has {numbers} {where}: split_axis must be one of its "
             "reduction or output axes, written alike. On a batch axis, each index is a matrix of "
             "its own anyway."
         )
-    (split_axis,) = normalize(numbers.split_axis)
+    (split_axis,) = axes
     sizes = axes_of(() if numbers.sizes is None else numbers.sizes)
     is_positive = all(isinstance(size, (int, np.integer)) and size > 0 for size in sizes)
     if not is_positive or sum(sizes) != shape[split_axis]:

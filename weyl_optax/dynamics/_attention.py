@@ -112,7 +112,8 @@ def collapse_mode(
     is_defined = jnp.isfinite(entropy) & jnp.isfinite(rank)
     is_sparse = entropy <= sparse_entropy * jnp.log(keys)
     is_low_rank = rank <= low_rank * min(queries, keys)
-    return jnp.where(is_defined, is_low_rank + 2 * is_sparse.astype(jnp.int32), -1)
+    mode = is_low_rank + 2 * is_sparse.astype(jnp.int32)
+    return jnp.where(is_defined, mode, int(CollapseMode.UNDEFINED))
 
 
 def _floats(x: jax.Array) -> jax.Array:
