@@ -139,6 +139,8 @@ def test_wrong_arguments_are_errors():
     params = make_params()
     with pytest.raises(ValueError, match="num_iters must be at least 1"):
         sharpness(loss, params, (X, Y), num_iters=0)
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        sharpness(loss, params, (X, Y), num_iters=2.5)
     with pytest.raises(ValueError, match=r"no optax\.ScaleByAdamState"):
         adam_preconditioner(optax.sgd(0.1).init(params))
     with pytest.raises(ValueError, match="factor must be above 1"):

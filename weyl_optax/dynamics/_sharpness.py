@@ -1,5 +1,6 @@
 """The curvature of the loss, and the largest learning rate that it allows."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,8 @@ def sharpness(
         A scalar, in float32 at least. Except for rounding, it is never above the exact value.
 
     Raises:
-        ValueError: If ``num_iters`` is below 1, or if a leaf of params is not floating.
+        TypeError: If ``num_iters`` is no whole number.
+        ValueError: If it is below 1, or if a leaf of params is not floating.
 
     Example:
         >>> import jax.numpy as jnp
@@ -104,7 +106,7 @@ def sharpness(
         lambda v, p: sharding.reshard_as(p, v / norm, range(v.ndim)), start, params
     )
     carry = (jax.tree.map(jnp.zeros_like, start), start, jnp.zeros_like(norm))
-    _, (alphas, betas) = lax.scan(step, carry, length=num_iters)
+    _, (alphas, betas) = lax.scan(step, carry, length=operator.index(num_iters))
     alive = jnp.concatenate([jnp.ones(1, bool), jnp.cumprod(betas[:-1] > 0).astype(bool)])
     alphas = jnp.where(alive, alphas, alphas[0])
     betas = jnp.where(alive[1:], betas[:-1], 0)
