@@ -384,7 +384,9 @@ def _read(
             if index and (path := source.paths[index - 1]) not in images.skipped:
                 images.skipped.add(path)
                 tqdm.write(f"skipped {path}: it cannot be read as an image", file=sys.stderr)
-        return batch
+        # Copied out of Grain's shared memory: an array that is left there to the garbage collector
+        # may have its file closed twice, and the second time it is another file.
+        return {name: np.array(values) for name, values in batch.items()}
 
     reader = dataset.to_iter_dataset()
     if images.are_files:

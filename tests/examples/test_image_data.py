@@ -114,6 +114,9 @@ def test_a_folder_is_read_by_workers_and_broken_files_are_named_and_skipped(imag
         str(image_folder / "train" / "blue" / "1.jpeg"),
         str(image_folder / "val" / "green" / "2.jpeg"),
     }
+    # None lies in the shared memory of the workers.
+    for batch in (*batches, validation):
+        assert all(type(values) is np.ndarray and values.flags.owndata for values in batch.values())
     assert images.skipped == broken
     said = capfd.readouterr().err
     for path in broken:
