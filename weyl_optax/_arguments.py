@@ -10,18 +10,25 @@ import optax
 from weyl_optax._reading.specification import is_function
 
 
-def _known(name: str, value: Any) -> float | None:
-    """The number, or None for a schedule or a JAX array: these are known only at run time."""
+def _known(name: str, value: Any, schedule: bool = False) -> float | None:
+    """The number, or None for a schedule or a JAX array, whose values are left to run time."""
     if isinstance(value, (int, float, np.generic, np.ndarray)) and np.ndim(value) == 0:
         return float(value)
-    if callable(value) or getattr(value, "shape", None) == ():
+    if callable(value):
+        if schedule:
+            return None
+        raise ValueError(
+            f"{name} must be a number, got the function {value!r}. For a schedule, use "
+            "optax.inject_hyperparams."
+        )
+    if getattr(value, "shape", None) == ():
         return None
     raise ValueError(f"{name} must be a number, got {value!r}.")
 
 
-def check_at_least(name: str, value: Any, least: float) -> None:
-    """Checks a number that is known."""
-    number = _known(name, value)
+def check_at_least(name: str, value: Any, least: float, schedule: bool = False) -> None:
+    """Checks a number that is known, where `schedule` says so of what may be one."""
+    number = _known(name, value, schedule)
     if number is not None and not number >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 

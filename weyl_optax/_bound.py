@@ -145,8 +145,9 @@ def scale_by_weyl_bound(
             update. They start from the singular vectors of the last update, so one
             is nearly always enough; each reads the weights and the updates twice. One
             vector, with a cap four, is drawn afresh each time, to see parts of a matrix that are
-            no longer zero. The first update, which has no such start, takes 16 more. The norm of a
-            matrix with a side of at most 16 is always exact.
+            no longer zero. The first update, which has no such start, takes 16 more; if it is zero
+            or not finite, the next one has neither. The norm of a matrix with a side of at most 16
+            is always exact.
         cap_rank: How many singular values of an update to lower, :math:`k \ge 2`; at most
             :math:`n / 2` for a matrix with a shorter side of :math:`n`, and none for vectors and
             for matrices with a side of at most 16. By default none. A quarter of :math:`n` is a
@@ -195,9 +196,9 @@ def scale_by_weyl_bound(
     .. seealso:: :func:`weyl_optax.adamw2`, :func:`weyl_optax.bound_metrics`,
         :func:`weyl_optax.tabulate`
     """
-    check_at_least("tau", tau, 0)
-    check_at_least("learning_rate", learning_rate, 0)
-    check_at_least("weight_decay", weight_decay, 0)
+    check_at_least("tau", tau, 0, schedule=True)
+    check_at_least("learning_rate", learning_rate, 0, schedule=True)
+    check_at_least("weight_decay", weight_decay, 0, schedule=True)
     check_at_least("min_std", min_std, 0)
     check_at_least("max_std", max_std, 0)
     check_at_least("num_iters", num_iters, 1)
@@ -207,6 +208,11 @@ def scale_by_weyl_bound(
             f"cap_rank must be None or a Python int of at least 2, got {cap_rank!r}: the state's "
             "shape depends on it. Within optax.inject_hyperparams, write "
             'static_args=("cap_rank", "cap_mask").'
+        )
+    if cap_mask is not None and cap_rank is None:
+        raise ValueError(
+            "cap_mask picks the leaves to cap, and without cap_rank none is. Give cap_rank, such "
+            "as a quarter of the width."
         )
     tau_at, rate_at, decay_at = map(as_schedule, (tau, learning_rate, weight_decay))
 
@@ -345,10 +351,11 @@ def _check_reading(
 
 def _as_its_weight(path: str, update: jax.Array, weight: jax.Array) -> jax.Array:
     """The update in the dtype that the weight is measured in."""
-    if jnp.iscomplexobj(update) and not jnp.iscomplexobj(weight):
+    if jnp.iscomplexobj(update) != jnp.iscomplexobj(weight):
+        remedy = "Make it complex" if jnp.iscomplexobj(weight) else "Take the real part of it"
         raise ValueError(
-            f"The leaf {path!r} is {weight.dtype}, and its update {update.dtype}. Take the real "
-            "part of the update before the bound."
+            f"The leaf {path!r} is {weight.dtype}, and its update {update.dtype}. {remedy} before "
+            "the bound."
         )
     return update.astype(iteration.compute_dtype(weight))
 
@@ -375,7 +382,7 @@ def _scale(
     tau: jax.typing.ArrayLike,
     rate: jax.typing.ArrayLike,
 ) -> jax.Array:
-    """min(1, tau reference / (|rate| sigma_1(U)))."""
+    """min(1, tau reference / (|rate| sigma_1(U))), or NaN if tau is."""
     tau = jnp.maximum(jnp.asarray(tau, reference.dtype), 0)
     allowed = jnp.where(tau == jnp.inf, tau, tau * reference)  # inf * 0 is NaN
     wanted = jnp.abs(jnp.asarray(rate, reference.dtype)) * sigma_update
@@ -384,7 +391,7 @@ def _scale(
     is_bounded = ~(wanted <= allowed)
     is_finite = jnp.isfinite(wanted) & jnp.isfinite(allowed)
     factor = jnp.where(is_finite, allowed / jnp.where(is_bounded, wanted, 1), 0)
-    return jnp.where(is_bounded, factor, 1)
+    return jnp.where(jnp.isnan(tau), tau, jnp.where(is_bounded, factor, 1))
 
 
 def is_placeholder(params: Any) -> bool:

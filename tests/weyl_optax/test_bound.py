@@ -254,6 +254,15 @@ def test_a_negative_rate_bounds_like_a_positive_one_and_a_negative_tau_like_zero
     assert scale(-0.1, 1.0) == 0
 
 
+def test_a_tau_that_is_nan_is_seen_in_the_update():
+    w = {"w": jnp.ones((20, 20)), "b": jnp.ones(20)}
+    solver = scale_by_weyl_bound(lambda count: jnp.where(count == 0, jnp.nan, jnp.inf))
+    updates, state = solver.update(w, solver.init(w), w)
+    assert np.isnan(updates["w"]).all()
+    updates, _ = solver.update(w, state, w)
+    np.testing.assert_array_equal(updates["w"], w["w"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -262,6 +271,8 @@ def test_a_negative_rate_bounds_like_a_positive_one_and_a_negative_tau_like_zero
         ({"tau": jnp.ones(2)}, "tau must be a number, got"),
         ({"num_iters": np.array(0)}, "num_iters must be at least 1, got 0"),
         ({"weight_decay": np.array(-1.0)}, "weight_decay must be at least 0, got -1"),
+        ({"min_std": lambda count: 1.0}, "min_std must be a number, got the function"),
+        ({"cap_mask": {"w": True}}, "without cap_rank none is"),
     ],
 )
 def test_arguments_that_are_no_numbers_or_out_of_range_are_errors(arguments, message):
@@ -298,6 +309,9 @@ def test_updates_that_do_not_fit_their_params_are_errors():
         solver.update({"a": jnp.ones(3), "w": jnp.ones((4, 4))}, state, params)
     with pytest.raises(ValueError, match="'w' is float32, and its update complex64"):
         solver.update({"a": None, "w": 1j * jnp.ones((4, 4))}, state, params)
+    turned = {"a": None, "w": 1j * params["w"]}
+    with pytest.raises(ValueError, match="'w' is complex64, and its update float32"):
+        solver.update(params, solver.init(turned), turned)
     with pytest.raises(ValueError, match="state is a dict, not a WeylBoundState"):
         solver.update(params, state._asdict(), params)
 

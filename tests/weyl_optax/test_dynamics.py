@@ -120,6 +120,16 @@ def test_modes_of_the_matrices_of_appendix_p(rng):
     ]
 
 
+@pytest.mark.parametrize("queries", [2, 4, 5, 12])
+def test_modes_of_short_maps(queries):
+    both, low_rank_only = np.zeros((queries, 40)), np.full((queries, 40), 1 / 40)
+    both[:, 3] = 1
+    assert collapse_mode(both) == CollapseMode.MALIGNANT
+    assert collapse_mode(low_rank_only) == CollapseMode.LOW_RANK
+    assert collapse_mode(np.eye(queries, 40)) == CollapseMode.BENIGN
+    assert collapse_mode(both[:1]) == collapse_mode(both[:, 3:4]) == CollapseMode.UNDEFINED
+
+
 def test_thresholds_of_modes_are_arguments():
     blocks = np.kron(np.eye(4), np.full((4, 4), 1 / 4))  # entropy log 4 of log 16, rank 4 of 16
     found = [
@@ -169,6 +179,14 @@ def jacobian(p_of, v):
         return by_columns(p_of(columns.reshape(v.shape, order="F")))
 
     return jax.jacobian(of_columns)(by_columns(v))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_relative_representation_change_of_a_tiny_and_a_huge_step(size):
+    change = relative_representation_change(
+        lambda w, x: x @ w, jnp.eye(3), size * jnp.eye(3), jnp.ones((8, 3))
+    )
+    np.testing.assert_allclose(change, size, rtol=1e-5)
 
 
 def test_relative_representation_change_of_low_precision_params_and_wide_updates():

@@ -43,6 +43,15 @@ def test_sharpness_is_the_largest_eigenvalue_of_the_hessian(seed):
     np.testing.assert_allclose(found, exact(params, ones), rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e20, 1e30])
+def test_sharpness_of_a_tiny_and_a_huge_loss(size):
+    def bowl(w, scale):
+        return size * jnp.sum(scale * w**2) / 2
+
+    found = sharpness(bowl, jnp.ones(3), jnp.array([1.0, 5.0, 3.0]))
+    np.testing.assert_allclose(found, 5 * size, rtol=1e-5)
+
+
 def test_sharpness_after_adams_preconditioner():
     params, b1, b2, eps = make_params(), 0.9, 0.99, 1e-3
     solver = optax.adam(1e-2, b1, b2, eps)

@@ -375,11 +375,22 @@ def scaled_to_one(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Arr
     return x / size.astype(x.dtype), jnp.squeeze(size, tuple(axes))
 
 
+def tree_norm(tree: Any) -> jax.Array:
+    """The 2-norm over all entries of a tree of arrays in float32 or float64."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.size]
+    norms = jnp.stack([_norm_over(x, range(x.ndim)) for x in leaves] or [jnp.zeros([])])
+    return _norm_over(norms, [0])
+
+
+def _norm_over(a: jax.Array, axes: Sequence[int]) -> jax.Array:
+    a, size = scaled_to_one(jnp.abs(a), axes)
+    return size * jnp.sqrt(jnp.sum(a * a, axis=tuple(axes)))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _vector_norm(spec: MatrixSpec, a: jax.Array) -> jax.Array:
     """The 2-norm over all but the batch axes."""
-    a, size = scaled_to_one(jnp.abs(a), spec.matrix_axes)
-    return size * jnp.sqrt(jnp.sum(a * a, axis=spec.matrix_axes))
+    return _norm_over(a, spec.matrix_axes)
 
 
 def _solve(specs: Sequence[MatrixSpec], leaves: Sequence[jax.Array]) -> list[Any]:

@@ -128,12 +128,14 @@ def lion_ar(
         The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
-        ValueError: As :func:`keep_norm`.
+        ValueError: If ``learning_rate`` or ``weight_decay`` is below 0, and as :func:`keep_norm`.
 
     References:
         Kosson et al, `Analyzing & Reducing the Need for Learning Rate Warmup in GPT Training
         <https://arxiv.org/abs/2410.23922>`_, 2024
     """
+    check_at_least("learning_rate", learning_rate, 0, schedule=True)
+    check_at_least("weight_decay", weight_decay, 0)
     vectors = weight_vectors(weight_dimension_numbers, per)
 
     def correction(count: jax.typing.ArrayLike) -> Any:

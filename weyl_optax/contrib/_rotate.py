@@ -89,7 +89,7 @@ def rotate_vectors(
     otherwise: optax.ScalarOrSchedule = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """As `rotate`, where vectors that are zero at first take their update times `otherwise`."""
-    check_at_least("angle", angle, 0)
+    check_at_least("angle", angle, 0, schedule=True)
     check_at_least("decay", decay, 0)
     check_below("decay", decay, 1)
 

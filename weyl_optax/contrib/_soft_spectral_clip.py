@@ -1,5 +1,6 @@
 """A soft bound on the singular values of every update."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,20 +9,19 @@ import optax
 from jax import lax
 
 from weyl_optax import _sharding as sharding
-from weyl_optax._arguments import check_above
+from weyl_optax._arguments import check_above, check_below
 from weyl_optax._norms.orthogonal_iteration import compute_dtype, scaled_to_one
 from weyl_optax._reading.granularity import map_entries
 from weyl_optax._reading.specification import BoundedLeaves, MatrixSpec, WeightDimNumOrFn, axes_of
 
 # Above this, the cubic takes values that rounding has put above 1 to below `least`.
 _MAX_SCALE = 1.69
+_TOLERANCE = 1e-3  # the largest relative error at which the iteration ends
 
 
 def soft_spectral_clip(
     max_norm: jax.typing.ArrayLike,
     weight_dimension_numbers: WeightDimNumOrFn | None = None,
-    *,
-    tolerance: float = 1e-3,
 ) -> optax.GradientTransformation:
     r"""Clip the singular values of every matrix's update, smoothly.
 
@@ -31,20 +31,20 @@ def soft_spectral_clip(
 
     takes a singular value :math:`\sigma` to :math:`\sigma / \sqrt{1 + \sigma^2 / c^2}`: itself
     if it is small, and :math:`c` if it is large. It needs no decomposition, only the matrix
-    products of a scaled Newton-Schulz iteration. In float32, rounding adds an error of
-    about :math:`10^{-7} \|U\|_2` to the tolerance, as much as the update's own rounding.
+    products of a scaled Newton-Schulz iteration, which ends at a relative error of 0.001. In
+    float32, rounding adds about :math:`10^{-7} \|U\|_2`, as much as the update's own rounding.
 
     Args:
-        max_norm: :math:`c`, above 0.
+        max_norm: :math:`c`, above 0 and finite.
         weight_dimension_numbers: How each leaf is read as matrices, see
             :func:`weyl_optax.scale_by_weyl_bound`. Vectors and scalars pass through.
-        tolerance: Largest relative error at which the iteration ends, except for rounding.
 
     Returns:
         A :class:`optax.GradientTransformation` without state.
 
     Raises:
-        ValueError: If ``max_norm`` is not above 0, or if ``weight_dimension_numbers`` does not fit.
+        ValueError: If ``max_norm`` is not above 0 and finite, or if ``weight_dimension_numbers``
+            does not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,6 +60,7 @@ def soft_spectral_clip(
         Hermitian Matrix <https://www.mcs.anl.gov/papers/P5059-0114.pdf>`_, 2014
     """
     check_above("max_norm", max_norm, 0)
+    check_below("max_norm", max_norm, math.inf)
     matrices = map_entries(
         lambda entry: entry if axes_of(entry.reduction_axis) else None, weight_dimension_numbers
     )
@@ -70,7 +71,7 @@ def soft_spectral_clip(
         del params
         leaves = BoundedLeaves(updates, matrices)
         clipped = [
-            _clip(jnp.asarray(u), spec, max_norm, tolerance)
+            _clip(jnp.asarray(u), spec, max_norm)
             for u, spec in zip(leaves.of(updates), leaves.specs, strict=True)
         ]
         return leaves.put(clipped, updates), state
@@ -78,9 +79,7 @@ def soft_spectral_clip(
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
-def _clip(
-    u: jax.Array, spec: MatrixSpec, max_norm: jax.typing.ArrayLike, tolerance: float
-) -> jax.Array:
+def _clip(u: jax.Array, spec: MatrixSpec, max_norm: jax.typing.ArrayLike) -> jax.Array:
     axes = spec.batch + spec.reduction + spec.output
     shape = tuple(u.shape[axis] for axis in axes)
     # On explicit axes, replicated: the root needs the whole matrix.
@@ -90,14 +89,14 @@ def _clip(
     is_tall = a.shape[-2] > a.shape[-1]
     if is_tall:
         a = a.mT
-    clipped = c * _polar_factor_beside_identity(a / c, tolerance)
+    clipped = c * _polar_factor_beside_identity(a / c)
     if is_tall:
         clipped = clipped.mT
     clipped = jnp.transpose(clipped.reshape(shape), [axes.index(axis) for axis in range(u.ndim)])
     return sharding.reshard_as(u, clipped.astype(u.dtype), range(u.ndim))
 
 
-def _polar_factor_beside_identity(a: jax.Array, tolerance: float) -> jax.Array:
+def _polar_factor_beside_identity(a: jax.Array) -> jax.Array:
     """The part under `a` of the polar factor of (a, I): (I + a a^H)^(-1/2) a for every matrix.
 
     (I + a a^H)^(-1/2) itself would square the condition number. Singular values of (a, I) are at
@@ -112,7 +111,7 @@ def _polar_factor_beside_identity(a: jax.Array, tolerance: float) -> jax.Array:
 
     def is_inexact(carry: Any) -> jax.Array:
         _, _, before, least = carry
-        return jnp.any((1 - least > tolerance) & (least > before))  # until only rounding is left
+        return jnp.any((1 - least > _TOLERANCE) & (least > before))  # until only rounding is left
 
     def step(carry: Any) -> Any:
         x, root, _, least = carry

@@ -18,7 +18,7 @@ class CollapseMode(enum.IntEnum):
     """
 
     UNDEFINED = -1
-    """No map of attention: an entry is NaN or infinite, or all are zero."""
+    """No map of attention (an entry is not finite, all are zero), or one of one query or key."""
     NORMAL = 0
     LOW_RANK = 1
     """Low-rank, but not sparse, like the uniform map of a new model."""
@@ -91,7 +91,7 @@ def collapse_mode(
         sparse_entropy: A map is sparse if its entropy is at most this share of the
             largest, log(keys).
         low_rank: A map has low rank if its effective rank is at most this share of the
-            largest, min(queries, keys).
+            largest, min(queries, keys), or one.
 
     Returns:
         Values of :class:`CollapseMode`, shape (...), int32.
@@ -109,9 +109,10 @@ def collapse_mode(
     """
     queries, keys = weights.shape[-2:]
     entropy, rank = attention_entropy(weights), effective_rank(weights)
-    is_defined = jnp.isfinite(entropy) & jnp.isfinite(rank)
+    # A map of one query or one key is both, whatever the model does.
+    is_defined = jnp.isfinite(entropy) & jnp.isfinite(rank) & (min(queries, keys) > 1)
     is_sparse = entropy <= sparse_entropy * jnp.log(keys)
-    is_low_rank = rank <= low_rank * min(queries, keys)
+    is_low_rank = rank <= jnp.maximum(low_rank * min(queries, keys), 1 + 1e-3)  # by rounding
     mode = is_low_rank + 2 * is_sparse.astype(jnp.int32)
     return jnp.where(is_defined, mode, int(CollapseMode.UNDEFINED))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from weyl_optax._norms.orthogonal_iteration import compute_dtype
+from weyl_optax._norms.orthogonal_iteration import compute_dtype, tree_norm
 
 
 def relative_representation_change(
@@ -52,4 +52,4 @@ def relative_representation_change(
     change, output = (
         jax.tree.map(lambda x: x.astype(compute_dtype(x)), y) for y in (change, output)
     )
-    return optax.tree.norm(change) / optax.tree.norm(output)
+    return tree_norm(change) / tree_norm(output)

@@ -11,7 +11,7 @@ from jax import lax
 
 from weyl_optax import _sharding as sharding
 from weyl_optax._arguments import check_above, check_at_least
-from weyl_optax._norms.orthogonal_iteration import compute_dtype
+from weyl_optax._norms.orthogonal_iteration import compute_dtype, tree_norm
 from weyl_optax._reading.specification import names, path_name
 
 
@@ -94,14 +94,14 @@ def sharpness(
         hv = product(now)
         alpha = jnp.asarray(optax.tree.sum(jax.tree.map(lambda h, v: jnp.sum(h * v), hv, now)))
         rest = jax.tree.map(lambda h, v, w: h - alpha * v - beta * w, hv, now, before)
-        norm = jnp.asarray(optax.tree.norm(rest))
+        norm = tree_norm(rest)
         # At the end of an invariant subspace: zeros, which decouple all that follows.
         unit = jax.tree.map(lambda r: r / jnp.where(norm > 0, norm, 1), rest)
         return (now, unit, norm), (alpha, norm)
 
     shapes = jax.tree.map(lambda p, dtype: jax.ShapeDtypeStruct(p.shape, dtype), params, dtypes)
     start = optax.tree.random_like(jax.random.key(0), shapes, jax.random.normal)
-    norm = optax.tree.norm(start)
+    norm = tree_norm(start)
     start = jax.tree.map(
         lambda v, p: sharding.reshard_as(p, v / norm, range(v.ndim)), start, params
     )

@@ -296,6 +296,11 @@ def test_wrong_arguments_are_errors():
     for max_norm in (-1.0, 0.0):
         with pytest.raises(ValueError, match="max_norm must be above 0"):
             soft_spectral_clip(max_norm)
+    with pytest.raises(ValueError, match="max_norm must be below inf"):
+        soft_spectral_clip(np.inf)
+    for arguments in ({"learning_rate": -0.1}, {"learning_rate": 0.1, "weight_decay": -0.1}):
+        with pytest.raises(ValueError, match=f"{list(arguments)[-1]} must be at least 0, got -0.1"):
+            lion_ar(**arguments)
     with pytest.raises(ValueError, match="initial must be at least 0"):
         catapult_schedule(-0.1, 1.0, 10, 100)
     with pytest.raises(ValueError, match="decay_steps must be above 10, got 10"):
