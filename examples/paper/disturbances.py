@@ -27,7 +27,10 @@ class Flags:
     What the table has is not trained again.
     """
 
-    runs: tuple[optimizers.Name, ...] = ("adamw_warmup", "adamw2_cap", "adamw", "muon")
+    runs: tuple[optimizers.Name, ...] = (
+        *("adamw_warmup", "adamw", "adamw2", "adamw2_cap"),
+        *("muon", "muon_bound"),
+    )
     """The optimizers."""
     steps: int = 800
     """Updates of a run, as in the comparison."""
