@@ -28,9 +28,8 @@ class Flags:
     """
 
     runs: tuple[optimizers.Name, ...] = (
-        *("adamw_warmup", "adamw", "adamw2", "adamw2_cap"),
-        *("muon", "muon_bound"),
-    )
+        "adamw_warmup", "adamw", "adamw2", "adamw2_cap", "muon", "muon_bound",
+    )  # fmt: skip
     """The optimizers."""
     steps: int = 800
     """Updates of a run, as in the comparison."""
